@@ -1,0 +1,281 @@
+"""What we read off a model: layers, channel groups, activations. No model class is special-cased."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from autocompress.surgery import owners, resizable
+
+MIN_WEIGHTS = 32
+"""Tensors with fewer weights are not worth a dimension of their own."""
+
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus,
+    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Tanhshrink,
+)  # fmt: skip
+"""Elementwise functions without parameters, any of which may stand in for any other."""
+
+Run = Callable[[nn.Module], Any]
+"""Runs a model on a calibration batch and returns its output."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight tensor of two or more dimensions.
+
+    name: `conv1` for `conv1.weight`, the whole parameter name for others (`lstm.weight_ih_l0`).
+    parameter: its first name in the model. shape: as stored. kind: class of the layer that holds it.
+    groups: channel groups that change its shape (one may be named twice).
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, ...]
+    kind: str
+    groups: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, named by the first layer that makes them."""
+
+    name: str
+    channels: int
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model that techniques can act on.
+
+    vectors: (elements, channel groups) of each remaining tensor (biases, norms).
+    inputs: layers whose first input is a float tensor: there activations can be quantised.
+    activations: name -> class of the activation modules.
+    left_alone: what could not be analysed -> why, for the user to read.
+    """
+
+    layers: tuple[Layer, ...]
+    groups: tuple[ChannelGroup, ...]
+    activations: dict[str, str]
+    inputs: tuple[str, ...]
+    vectors: tuple[tuple[int, tuple[str, ...]], ...]
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+    def layer(self, name: str) -> Layer:
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+def layer_name(parameter: str) -> str:
+    return parameter.removesuffix(".weight") or parameter
+
+
+def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
+    """Read the parts of `model`; `run(model)` runs it on one batch. The model is not changed."""
+    model = copy.deepcopy(model).eval()
+    left_alone: dict[str, str] = {}
+    groups, touched = _channel_groups(model, run, left_alone)
+    layers = []
+    vectors = []
+    for key, places in owners(model).items():
+        tensor = getattr(*places[0])
+        if tensor.ndim >= 2 and tensor.is_floating_point() and tensor.numel() >= MIN_WEIGHTS and isinstance(tensor, nn.Parameter):
+            kind = type(places[0][0]).__name__
+            layers.append(Layer(layer_name(key), key, tuple(tensor.shape), kind, tuple(touched.get(key, ()))))
+        elif tensor.is_floating_point():
+            vectors.append((tensor.numel(), tuple(touched.get(key, ()))))
+    inputs, activations = _seen_in_forward(model, run, {layer.parameter for layer in layers})
+    return Anatomy(tuple(layers), groups, activations, inputs, tuple(vectors), left_alone)
+
+
+def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Layers fed with float tensors and activation modules, of those that really run."""
+    inputs: dict[str, None] = {}
+    activations: dict[str, str] = {}
+    handles = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if isinstance(module, ACTIVATIONS):
+                activations[name] = type(module).__name__
+            elif args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                inputs[name] = None
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, ACTIVATIONS) or f"{name}.weight" in weights:
+            handles.append(module.register_forward_pre_hook(watch(name)))
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [name for name, _ in model.named_modules()]
+    return tuple(sorted(inputs, key=order.index)), dict(sorted(activations.items(), key=lambda a: order.index(a[0])))
+
+
+# ------------------------------------------------------------------ channel groups
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+class ChannelGraph:
+    """Torch-Pruning's dependency graph of one model (Fang et al., DepGraph, CVPR 2023)."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model = model
+        self._tied = {
+            id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places
+        }
+        with _quiet(), torch.enable_grad():
+            self._graph = tp.DependencyGraph().build_dependency(
+                model, example_inputs=None, forward_fn=lambda module, _: run(module)
+            )
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.groups: dict[str, Any] = {}
+        self.refused: dict[str, str] = {}
+        for group in self._all_groups():
+            makers = [dep.target.module for dep, _ in group if self._makes(dep)]
+            named = sorted((self.names.get(id(m), "") for m in makers), key=list(self.names.values()).index)
+            name = named[0] if named else self.names.get(id(group[0].dep.target.module), "?")
+            reason = self._why_not(group)
+            if reason:
+                self.refused[name] = reason
+            else:
+                self.groups[name] = group
+
+    def _all_groups(self) -> Iterator[Any]:
+        with _quiet():
+            yield from self._graph.get_all_groups(
+                root_module_types=[nn.modules.conv._ConvNd, nn.Linear]
+            )
+
+    def _makes(self, dep: Any) -> bool:
+        """Whether this member produces the channels (and is a layer with weights)."""
+        return isinstance(dep.target.module, (nn.modules.conv._ConvNd, nn.Linear)) and bool(
+            self._graph.is_out_channel_pruning_fn(dep.handler)
+        )
+
+    def _why_not(self, group: Any) -> str:
+        for dep, _ in group:
+            module = dep.target.module
+            if type(module).__module__.startswith("torch_pruning"):
+                continue
+            if id(module) in self._tied:
+                return "shares a weight with another layer"
+            if not isinstance(module, nn.Module) or not resizable(module):
+                kind = type(module).__name__
+                return f"its channels pass through {self.names.get(id(module), 'a parameter')} ({kind})"
+        return ""
+
+    def channels(self, name: str) -> int:
+        return len(self.groups[name][0].idxs)
+
+    def members(self, name: str) -> list[tuple[str, str]]:
+        """(module name, "out" or "in") of each layer that the group reaches."""
+        out = []
+        for dep, _ in self.groups[name]:
+            module = dep.target.module
+            if id(module) in self.names and not type(module).__module__.startswith("torch_pruning"):
+                makes = self._graph.is_out_channel_pruning_fn(dep.handler)
+                out.append((self.names[id(module)], "out" if makes else "in"))
+        return out
+
+    def importance(self, name: str) -> Tensor:
+        """Float [channels]: norm of all weights that a channel owns, over the whole group."""
+        measure = tp.importance.GroupMagnitudeImportance(p=2, normalizer="mean")
+        with _quiet():
+            return torch.as_tensor(measure(self.groups[name])).detach()
+
+    def remove(self, name: str, channels: list[int]) -> None:
+        """Remove these channels physically from every layer of the group."""
+        root = self.groups[name][0].dep
+        with _quiet():
+            self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
+
+
+def _shape_of(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return tuple(output.shape)
+    if isinstance(output, dict):
+        return {key: _shape_of(value) for key, value in output.items()}
+    return [_shape_of(value) for value in output] if isinstance(output, (tuple, list)) else None
+
+
+def _channel_groups(
+    original: nn.Module, run: Run, left_alone: dict[str, str]
+) -> tuple[tuple[ChannelGroup, ...], dict[str, list[str]]]:
+    """The groups that were tried: one channel removed, the model runs, its output keeps its shape."""
+    try:
+        with torch.no_grad():
+            expected = _shape_of(run(original))
+        groups: dict[str, ChannelGroup] = {}
+        refused: set[str] = set()
+        while True:
+            trial = copy.deepcopy(original)
+            graph = ChannelGraph(trial, run)
+            left_alone.update(graph.refused)
+            failed = None
+            groups, touched = {}, {}
+            for name in graph.groups:
+                if name in refused or graph.channels(name) < 2:
+                    continue
+                failed = _try_group(graph, name, run, expected, groups, touched)
+                if failed:
+                    refused.add(name)
+                    left_alone[name] = failed
+                    break
+            if not failed:
+                order = list(graph.names.values())
+                return tuple(sorted(groups.values(), key=lambda g: order.index(g.name))), touched
+    except Exception as error:  # the graph cannot follow this model: compress it without channel pruning
+        left_alone["channels"] = f"the model cannot be traced for channel pruning: {str(error).splitlines()[0] if str(error) else error!r}"
+        return (), {}
+
+
+def _try_group(
+    graph: ChannelGraph, name: str, run: Run, expected: Any,
+    groups: dict[str, ChannelGroup], touched: dict[str, list[str]],
+) -> str:  # fmt: skip
+    count = graph.channels(name)
+    before = {key: tuple(getattr(*p[0]).shape) for key, p in owners(graph.model).items()}
+    try:
+        graph.remove(name, [0])
+        with torch.no_grad():
+            got = _shape_of(run(graph.model))
+    except Exception as error:
+        return f"the model does not run without one of its channels: {str(error).splitlines()[0]}"
+    if got != expected:
+        return "its channels are outputs of the model"
+    for key, places in owners(graph.model).items():
+        shape = tuple(getattr(*places[0]).shape)
+        for old, new in zip(before[key], shape, strict=True):
+            if old != new:
+                touched.setdefault(key, []).append(name)
+    members = tuple(dict.fromkeys(member for member, _ in graph.members(name)))
+    groups[name] = ChannelGroup(name, count, members)
+    return ""

@@ -1,0 +1,223 @@
+"""The joint search space: YAML patterns over layers -> choices, bound to the parts of one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from autocompress.anatomy import Anatomy
+from autocompress.errors import RecipeError, SpaceError, near_misses
+from autocompress.recipe import MODEL, Choice, Recipe
+
+_HERE = Path(__file__).parent
+FOLDERS = (_HERE / "search_spaces", _HERE.parent / "search_spaces")
+"""Where spaces are found by name: inside an installed wheel, or beside the package in a checkout."""
+
+
+class Dimension(Protocol):
+    """What a dimension of the space must tell; techniques say it (see `techniques/base.py`)."""
+
+    name: str
+    default: Choice
+    about: str
+
+    def parse(self, raw: Any) -> Choice:
+        """The choice meant by a YAML value; raises SpaceError with what is offered."""
+
+    def sites(self, anatomy: Anatomy) -> Sequence[str]:
+        """Where in this model the dimension exists; `[MODEL]` for those of the whole model."""
+
+
+_DIMENSIONS: dict[str, Dimension] = {}
+
+
+def register_dimension(dimension: Dimension) -> None:
+    _DIMENSIONS[dimension.name] = dimension
+
+
+def dimensions() -> Mapping[str, Dimension]:
+    """All dimensions by name, in the order in which they are applied."""
+    return _DIMENSIONS
+
+
+@dataclass(frozen=True)
+class BoundDimension:
+    """One axis of the joint space. `choices` run from the lightest compression to the heaviest."""
+
+    site: str
+    name: str
+    choices: tuple[Choice, ...]
+    default: Choice
+
+    @property
+    def key(self) -> str:
+        return f"{self.site}:{self.name}"
+
+
+@dataclass(frozen=True)
+class BoundSpace:
+    """The finite joint space of one model: the product of its dimensions' choices."""
+
+    dimensions: tuple[BoundDimension, ...]
+
+    def __iter__(self) -> Iterator[BoundDimension]:
+        return iter(self.dimensions)
+
+    def __len__(self) -> int:
+        return len(self.dimensions)
+
+    @property
+    def log10_size(self) -> float:
+        """log10 of the number of recipes."""
+        return sum(math.log10(len(dimension.choices)) for dimension in self.dimensions)
+
+    def recipe(self, chosen: Mapping[str, Choice]) -> Recipe:
+        """The recipe with `chosen` (key -> choice); choices that change nothing are left out.
+
+        Raises RecipeError for a key or a choice that is not in the space.
+        """
+        known = {dimension.key: dimension for dimension in self.dimensions}
+        kept = {}
+        for key, choice in chosen.items():
+            if key not in known:
+                raise RecipeError(f"the space has no dimension {key!r}{near_misses(key, known)}")
+            if choice not in known[key].choices:
+                offered = ", ".join(map(str, known[key].choices))
+                raise RecipeError(f"{key} offers {offered}, not {choice!r}")
+            if choice != known[key].default:
+                kept[key] = choice
+        return Recipe.of(kept)
+
+    def complete(self, recipe: Recipe) -> dict[str, Choice]:
+        """key -> choice for every dimension, filling in what the recipe leaves as it is."""
+        chosen = recipe.as_dict()
+        return {d.key: chosen.get(d.key, d.default) for d in self.dimensions}
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Rules read from YAML, in order; a later rule replaces the choices of the dimensions it names.
+
+    rules: (pattern over site names, dimension -> choices). training: dimension -> choices for `MODEL`.
+    """
+
+    name: str
+    description: str = ""
+    rules: tuple[tuple[str, Mapping[str, tuple[Choice, ...]]], ...] = ()
+    training: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def named(cls, name: str | Path) -> SearchSpace:
+        """A packaged space by name, or any YAML file by path.
+
+        Raises SpaceError with the near misses, or with file, line and key of what is wrong.
+        """
+        path = Path(name)
+        if path.suffix in (".yaml", ".yml") or path.is_file():
+            if not path.is_file():
+                raise SpaceError(f"search space file {str(name)!r} does not exist")
+            return cls.parse(path.read_text(), str(path), path.stem)
+        files = space_files()
+        if str(name) not in files:
+            raise SpaceError(f"unknown search space {str(name)!r}{near_misses(str(name), files)} (or give a .yaml file)")
+        file = files[str(name)]
+        return cls.parse(file.read_text(), file.name, file.stem)
+
+    @classmethod
+    def parse(cls, text: str, where: str = "search space", name: str = "custom") -> SearchSpace:
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise SpaceError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        return _Reader(where).space(root, name)
+
+    def bind(self, anatomy: Anatomy) -> BoundSpace:
+        """The joint space of one model. Raises SpaceError for a pattern that matches nothing."""
+        bound: list[BoundDimension] = []
+        everything = {site for dimension in _DIMENSIONS.values() for site in dimension.sites(anatomy)} - {MODEL}
+        for pattern, named in self.rules:
+            for name in named:
+                sites = [s for s in _DIMENSIONS[name].sites(anatomy) if s != MODEL]
+                if not any(fnmatchcase(site, pattern) for site in sites) and pattern != "*":
+                    raise SpaceError(
+                        f"space {self.name!r}: pattern {pattern!r} matches no layer with dimension {name!r}"
+                        f"{near_misses(pattern, sites or everything)}"
+                    )
+        for name, dimension in _DIMENSIONS.items():
+            for site in dimension.sites(anatomy):
+                choices: tuple[Choice, ...] = ()
+                if site == MODEL:
+                    choices = self.training.get(name, ())
+                for pattern, named in self.rules:
+                    if site != MODEL and name in named and fnmatchcase(site, pattern):
+                        choices = named[name]
+                if choices:
+                    bound.append(BoundDimension(site, name, choices, dimension.default))
+        if not bound:
+            raise SpaceError(f"space {self.name!r} offers nothing for this model: it has no layer that it can compress")
+        return BoundSpace(tuple(bound))
+
+
+def space_files() -> dict[str, Path]:
+    """Packaged spaces: name -> file."""
+    return {file.stem: file for folder in reversed(FOLDERS) for file in sorted(folder.glob("*.yaml"))}
+
+
+class _Reader:
+    """Reads the YAML node tree, so that every complaint can name the file, the line and the key."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def fail(self, node: Any, message: str) -> SpaceError:
+        return SpaceError(f"{self.where}:{node.start_mark.line + 1}: {message}" if node else f"{self.where}: {message}")
+
+    def mapping(self, node: Any, key: str) -> list[tuple[str, Any, Any]]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.fail(node, f"{key} must be a mapping")
+        pairs = [(str(k.value), k, v) for k, v in node.value]
+        for i, (name, at, _) in enumerate(pairs):
+            if name in {other for other, _, _ in pairs[:i]}:
+                raise self.fail(at, f"key {name!r} is given twice")
+        return pairs
+
+    def space(self, root: Any, name: str) -> SearchSpace:
+        description, rules, training = "", [], {}
+        for key, at, node in self.mapping(root, "a search space"):
+            if key == "description":
+                description = " ".join(str(node.value).split())
+            elif key == "layers":
+                for pattern, _, rule in self.mapping(node, "layers"):
+                    rules.append((pattern, self.choices(rule, f"layers.{pattern}")))
+            elif key == "model":
+                training = self.choices(node, "model")
+            else:
+                raise self.fail(at, f"unknown key {key!r}{near_misses(key, ['description', 'layers', 'model'])}")
+        if not rules and not training:
+            raise self.fail(root, "nothing to search: give 'layers' with patterns and choices")
+        return SearchSpace(name, description, tuple(rules), training)
+
+    def choices(self, node: Any, key: str) -> dict[str, tuple[Choice, ...]]:
+        out = {}
+        for name, at, listed in self.mapping(node, key):
+            if name not in _DIMENSIONS:
+                raise self.fail(at, f"unknown dimension {name!r} in {key}{near_misses(name, _DIMENSIONS)}")
+            values = yaml.SafeLoader("").construct_object(listed, deep=True)
+            parsed = []
+            for value in values if isinstance(values, list) else [values]:
+                try:
+                    parsed.append(_DIMENSIONS[name].parse(value))
+                except SpaceError as error:
+                    raise self.fail(listed, f"{key}.{name}: {error}") from error
+            if not parsed:
+                raise self.fail(listed, f"{key}.{name} must list at least one choice")
+            out[name] = tuple(dict.fromkeys(parsed))
+        return out

@@ -1,0 +1,127 @@
+"""Give a module tensors of other shapes and keep it consistent.
+
+The one place that knows which attributes of torch's layers follow from the shapes of their tensors.
+Channel pruning leaves smaller tensors behind; whoever rebuilds such a model from a file needs no
+dependency graph, only the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.errors import ArtifactError
+
+_CONV = nn.modules.conv._ConvNd
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+_NORM = nn.modules.batchnorm._NormBase
+
+
+def _conv(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert isinstance(layer, _CONV)
+    depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+    if isinstance(layer, _TRANSPOSED):
+        layer.in_channels, layer.out_channels = shape[0], shape[1] * layer.groups
+    elif depthwise:
+        layer.in_channels = layer.out_channels = layer.groups = shape[0]
+    else:
+        layer.in_channels, layer.out_channels = shape[1] * layer.groups, shape[0]
+
+
+def _linear(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert isinstance(layer, nn.Linear)
+    layer.out_features, layer.in_features = shape
+
+
+def _norm(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert isinstance(layer, _NORM)
+    layer.num_features = shape[0]
+
+
+def _layer_norm(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert isinstance(layer, nn.LayerNorm)
+    layer.normalized_shape = shape
+
+
+def _prelu(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert isinstance(layer, nn.PReLU)
+    layer.num_parameters = shape[0]
+
+
+_RESIZE: tuple[tuple[type[nn.Module], Callable[[nn.Module, tuple[int, ...]], None]], ...] = (
+    (_CONV, _conv),
+    (nn.Linear, _linear),
+    (_NORM, _norm),
+    (nn.LayerNorm, _layer_norm),
+    (nn.PReLU, _prelu),
+)
+
+
+def resizable(layer: nn.Module) -> bool:
+    """Whether this kind of layer can take tensors with another number of channels.
+
+    Grouped convolutions can only when they are depthwise with one filter a channel.
+    """
+    if isinstance(layer, _CONV) and layer.groups > 1:
+        if isinstance(layer, _TRANSPOSED) or not layer.groups == layer.in_channels == layer.out_channels:
+            return False
+    return isinstance(layer, tuple(kind for kind, _ in _RESIZE))
+
+
+def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """First name of each parameter or persistent buffer -> all places that hold it (tied ones too)."""
+    first: dict[int, str] = {}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        held: list[tuple[str, Tensor | None]] = [*module._parameters.items()]
+        held += [(k, v) for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set]
+        for name, tensor in held:
+            if tensor is None:
+                continue
+            key = first.setdefault(id(tensor), f"{prefix}.{name}" if prefix else name)
+            if all(module is not other or name != known for other, known in places.get(key, ())):
+                places.setdefault(key, []).append((module, name))
+    return places
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer once, by its first name, detached."""
+    return {
+        key: getattr(places[0][0], places[0][1]).detach() for key, places in owners(model).items()
+    }
+
+
+@torch.no_grad()
+def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put `values` (as from `tensors`) into `model`, resizing layers whose tensors have other shapes.
+
+    Raises ArtifactError naming the first tensor that is missing, unknown or of an impossible shape.
+    """
+    places = owners(model)
+    for key in values.keys() - places.keys():
+        raise ArtifactError(f"tensor {key!r} is not in the model: it was made for another architecture")
+    for key in places.keys() - values.keys():
+        raise ArtifactError(f"tensor {key!r} of the model is not in the file: it was made for another architecture")
+    resized: dict[nn.Module, None] = {}
+    for key, value in values.items():
+        old = getattr(*places[key][0])
+        if old.shape == value.shape:
+            old.copy_(value)
+            continue
+        if old.ndim != value.ndim or not all(resizable(module) for module, _ in places[key]):
+            raise ArtifactError(
+                f"tensor {key!r}: expected shape {tuple(old.shape)}, the file has {tuple(value.shape)}"
+            )
+        fresh = value.detach().to(old.device, old.dtype).clone()
+        new = nn.Parameter(fresh, old.requires_grad) if isinstance(old, nn.Parameter) else fresh
+        for module, name in places[key]:
+            setattr(module, name, new)
+            resized[module] = None
+    for module in resized:
+        shape = next((tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False)) if t.ndim), ())
+        for kind, resize in _RESIZE:
+            if isinstance(module, kind):
+                resize(module, shape)
+                break

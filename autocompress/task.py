@@ -1,0 +1,214 @@
+"""What the user brings: a trained model, batches, a loss and a metric."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.errors import AutocompressError, TaskError, near_misses
+
+Batch = Any
+"""`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`)."""
+Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
+
+
+def accuracy(output: Tensor, target: Tensor) -> float:
+    """Share of right classes; `output` float [N, C, ...], `target` int64 [N, ...]."""
+    return (output.argmax(1) == target).float().mean().item()
+
+
+@dataclass
+class Task:
+    """A trained model and what is needed to fine-tune and to judge it.
+
+    model: the trained `nn.Module`, or a function that builds it.
+    train, val, test: iterables of batches, or functions that return one. The search selects on `val`;
+        `test` is touched only to report.
+    loss: `loss(output, target) -> scalar tensor`.
+    metric: `metric(output, target) -> float`, higher is better; averaged over batches weighted by
+        batch size.
+    forward: optional `forward(model, batch) -> (output, target)` for batches of any other form.
+    pretrain: optional `pretrain(model)` that trains what `model` builds, in place. A search calls it
+        once and keeps the weights in the run folder; `evaluate` never does.
+    epochs, learning_rate: length and peak rate (AdamW, one cycle) of the fine-tuning of one trial.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    train: Batches
+    val: Batches
+    test: Batches
+    loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy
+    metric: Callable[[Any, Any], float] = accuracy
+    forward: Callable[[nn.Module, Batch], tuple[Any, Any]] | None = None
+    pretrain: Callable[[nn.Module], object] | None = None
+    epochs: int = 5
+    learning_rate: float = 2e-3
+    name: str = "custom"
+
+    def build(self) -> nn.Module:
+        """A module of its own: built, or copied from the one that was given, in evaluation mode."""
+        if isinstance(self.model, nn.Module):
+            return copy.deepcopy(self.model).eval()
+        try:
+            model = self.model()
+        except AutocompressError:
+            raise
+        except Exception as error:
+            raise TaskError(f"task {self.name!r}: building the model failed: {error!r}") from error
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"task {self.name!r}: the model function must return an nn.Module, got {type(model).__name__}")
+        return model.eval()
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """The batches of "train", "val" or "test"; raises TaskError when there are none."""
+        source = getattr(self, split)
+        count = 0
+        for batch in source() if callable(source) else source:
+            count += 1
+            yield batch
+        if count == 0:
+            raise TaskError(
+                f"task {self.name!r}: the {split} loader gave no batches; pass a list, a DataLoader or a "
+                "function that returns a fresh iterable"
+            )
+
+    def run(self, model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+        """Model output and target for one batch that is on the model's device already."""
+        if self.forward is not None:
+            return self.forward(model, batch)
+        try:
+            inputs, target = batch
+        except (TypeError, ValueError):
+            raise TaskError(
+                f"task {self.name!r}: a batch must be (inputs, target), got {type(batch).__name__}; "
+                "pass forward= for any other form"
+            ) from None
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs), target
+        if isinstance(inputs, dict):
+            return model(**inputs), target
+        return model(inputs), target
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it moved to `device`; tuples, lists and dicts are walked."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [to_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def batch_size(batch: Batch) -> int:
+    """Length of the first tensor found in `batch`; 1 when there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    for item in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ():
+        if isinstance(item, (Tensor, dict, tuple, list)):
+            return batch_size(item)
+    return 1
+
+
+@torch.no_grad()
+def measure(task: Task, model: nn.Module, split: str) -> float:
+    """Mean metric of `model` on a split, weighted by batch size. NaN counts as an error of the trial.
+
+    Raises TaskError when the split is empty or the metric is not a number.
+    """
+    was_training = model.training
+    model.eval()
+    device = device_of(model)
+    total = 0.0
+    count = 0
+    for batch in task.batches(split):
+        output, target = task.run(model, to_device(batch, device))
+        value = float(task.metric(output, target))
+        if not math.isfinite(value):
+            raise TaskError(f"task {task.name!r}: the metric on the {split} split is {value}")
+        size = batch_size(batch)
+        total += value * size
+        count += size
+    model.train(was_training)
+    return total / count
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; CPU for a model that has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def check_task(task: Task, model: nn.Module) -> None:
+    """One loss on one training batch and one metric on one batch of each split, or a TaskError."""
+    for split in ("train", "val", "test"):
+        for batch in task.batches(split):
+            try:
+                with torch.no_grad():
+                    output, target = task.run(model, to_device(batch, device_of(model)))
+                    loss = task.loss(output, target)
+                    task.metric(output, target)
+            except AutocompressError:
+                raise
+            except Exception as error:
+                raise TaskError(f"task {task.name!r}: a batch of the {split} split does not run: {error}") from error
+            if not bool(torch.isfinite(loss).all()):
+                raise TaskError(
+                    f"task {task.name!r}: the loss on the {split} split is {float(loss):g}; it must be finite: "
+                    "check the inputs and the model's weights"
+                )
+            break
+
+
+def load_task(name: str) -> Task:
+    """A built-in task by name, or `package.module:function` found from the current folder and PYTHONPATH.
+
+    Raises TaskError, naming the near misses, when nothing of that name can be imported.
+    """
+    from autocompress.tasks import BUILT_IN
+
+    if name in BUILT_IN:
+        module_name, function_name = BUILT_IN[name].split(":")
+    elif ":" in name:
+        module_name, _, function_name = name.partition(":")
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+    else:
+        raise TaskError(
+            f"unknown task {name!r}{near_misses(name, BUILT_IN)} (or name your own as package.module:function)"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise TaskError(f"task {name!r} needs the package {error.name!r}: install it") from error
+        raise TaskError(
+            f"task {name!r}: there is no module {module_name!r} in the current folder or on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise TaskError(f"task {name!r}: importing {module_name!r} failed: {error!r}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise TaskError(f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, dir(module))}")
+    try:
+        task = function()
+    except AutocompressError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task {name!r}: calling it failed: {error!r}") from error
+    if not isinstance(task, Task):
+        raise TaskError(f"task {name!r} must return an autocompress.Task, got {type(task).__name__}")
+    task.name = name
+    return task

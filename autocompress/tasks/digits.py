@@ -1,0 +1,123 @@
+"""The default task: 1,797 real handwritten digits (8 x 8) and a small residual network.
+
+The images come with scikit-learn (Alpaydin and Kaynak, 1998), so nothing is downloaded. The split is
+fixed: a permutation with seed 0, then the first 1,077 images train, the next 360 validate, the last
+360 test.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.errors import TaskError
+from autocompress.task import Task
+
+SPLIT = {"train": slice(0, 1077), "val": slice(1077, 1437), "test": slice(1437, 1797)}
+BATCH = 64
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with batch norm and a shortcut (He et al., 2015)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                OrderedDict(
+                    conv=nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm=nn.BatchNorm2d(outputs)
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        return self.relu2(y + self.shortcut(x))
+
+
+def residual_net() -> nn.Module:
+    """[N, 1, 8, 8] -> [N, 10]; 173,842 parameters."""
+    stem = nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(1, 24, 3, 1, 1, bias=False), norm=nn.BatchNorm2d(24), relu=nn.ReLU())
+    )
+    return nn.Sequential(
+        OrderedDict(
+            stem=stem,
+            block1=Residual(24, 24, 1),
+            block2=Residual(24, 48, 2),
+            block3=Residual(48, 96, 2),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(96, 10),
+        )
+    )
+
+
+def load_images() -> tuple[Tensor, Tensor]:
+    """Images float32 [1797, 1, 8, 8] in [-1, 1] and labels int64 [1797], in the fixed order."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise TaskError(
+            "task 'digits' needs scikit-learn: install it with pip install 'autocompress[digits]'"
+        ) from None
+    data = load_digits()
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(data.images, dtype=torch.float32)[order, None] / 8 - 1
+    return images, torch.tensor(data.target, dtype=torch.int64)[order]
+
+
+def augment(images: Tensor) -> Tensor:
+    """Each image shifted by up to one pixel each way; [N, 1, 8, 8] -> the same."""
+    padded = nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
+    n = len(images)
+    top, left = torch.randint(0, 3, (2, n))
+    rows = (top[:, None] + torch.arange(8))[:, :, None]
+    columns = (left[:, None] + torch.arange(8))[:, None, :]
+    return padded[torch.arange(n)[:, None, None], 0, rows, columns][:, None]
+
+
+def digits() -> Task:
+    """The task as `--task digits` finds it."""
+    images, labels = load_images()
+
+    def train_batches() -> list[tuple[Tensor, Tensor]]:
+        part = SPLIT["train"]
+        order = torch.randperm(part.stop - part.start)
+        return [(augment(images[part][i]), labels[part][i]) for i in order.split(BATCH)]
+
+    def whole(split: str) -> list[tuple[Tensor, Tensor]]:
+        return [(images[SPLIT[split]], labels[SPLIT[split]])]
+
+    def pretrain(model: nn.Module) -> None:
+        epochs = 30
+        steps = epochs * -(-SPLIT["train"].stop // BATCH)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        model.train()
+        for _ in range(epochs):
+            for inputs, target in train_batches():
+                loss = nn.functional.cross_entropy(model(inputs), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        model.eval()
+
+    return Task(
+        model=residual_net,
+        train=train_batches,
+        val=whole("val"),
+        test=whole("test"),
+        pretrain=pretrain,
+        epochs=8,
+        name="digits",
+    )

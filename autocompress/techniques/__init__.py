@@ -1,0 +1,9 @@
+"""Ways to compress, one file each. Every file in this folder is imported and registers itself."""
+
+import importlib
+import pkgutil
+
+_ORDER = ("channels", "activation", "activation_bits", "sparsity", "floats", "integers")
+_found = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
+for _name in sorted(_found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)):
+    importlib.import_module(f"{__name__}.{_name}")

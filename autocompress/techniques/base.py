@@ -1,0 +1,214 @@
+"""The protocol of a technique.
+
+A technique is one file in this folder that ends with `register(...)`; nothing else is touched. It
+says which dimension of the joint space it serves and which choices it offers, how it acts while the
+candidate is fine-tuned, and how its result is stored and read back. The four kinds, in the order in
+which a recipe is applied:
+
+- `StructureTechnique` changes the model once, before fine-tuning (channels, activation, activation
+  bits). What tensors alone do not tell is stored as the choice and `restore`d on load.
+- `Masking` and `Coding` act on weight tensors. While fine-tuning, the weight that the model sees is
+  `coding(masking(w))`, differentiable in `w` and in the learned parameters (straight-through
+  estimator, Bengio et al., 2013). The file stores `Coding.encode` of the same function's result, so
+  what is simulated and what is stored cannot drift apart.
+- `TrainingTechnique` changes only the fine-tuning.
+
+Several codings share the dimension `weights`: each recognises its own choices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress.anatomy import Anatomy, Run
+from autocompress.errors import SpaceError
+from autocompress.recipe import MODEL, Choice
+from autocompress.space import dimensions, register_dimension
+
+
+class Technique(ABC):
+    """name: its dimension. default: the choice that changes nothing. about: one line for people."""
+
+    name: ClassVar[str]
+    default: ClassVar[Choice]
+    about: ClassVar[str]
+
+    @abstractmethod
+    def parse(self, raw: Any) -> Choice:
+        """The choice meant by a YAML or CLI value; raises SpaceError naming what is offered."""
+
+    @abstractmethod
+    def sites(self, anatomy: Anatomy) -> Sequence[str]:
+        """Names of the parts of a model where the dimension exists."""
+
+
+class StructureTechnique(Technique):
+    """Changes the model itself, before fine-tuning."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module, chosen: Mapping[str, Choice], run: Run) -> None:
+        """Change `model` in place so that it has the `chosen` (site -> choice); idempotent.
+
+        `run(model)` runs it on the calibration batch.
+        """
+
+    @abstractmethod
+    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:
+        """Bring a fresh, unshaped model to the structure of `chosen`, before its tensors are assigned."""
+
+
+class Masking(Technique):
+    """Sets weights to zero."""
+
+    @abstractmethod
+    def mask(self, weight: Tensor, choice: Choice) -> Tensor:
+        """Bool, shape of `weight`: which weights stay."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A tensor as the file stores it.
+
+    codes: integer array in the shape of the tensor, entropy-coded; zero means the weight is zero.
+    parameters: float32 values that are stored as they are (steps, code books).
+    """
+
+    codes: np.ndarray[Any, np.dtype[Any]]
+    parameters: tuple[float, ...] = ()
+
+
+class Coding(Technique):
+    """Represents a tensor in fewer bits; the choices of several codings make one dimension.
+
+    tag: the number that names the coding in a file; fixed for ever once released.
+    """
+
+    name: ClassVar[str] = "weights"
+    default: ClassVar[Choice] = "float32"
+    about: ClassVar[str] = "number format of the weights of a layer"
+    tag: ClassVar[int]
+
+    @abstractmethod
+    def choices(self) -> Sequence[Choice]:
+        """The choices that are this coding's, from the lightest to the heaviest."""
+
+    @abstractmethod
+    def bits(self, choice: Choice) -> float:
+        """Bits of a weight before entropy coding."""
+
+    @abstractmethod
+    def initial(self, weight: Tensor, choice: Choice) -> Tensor:
+        """Learned parameters, float32 [P] (P may be 0), fitted to `weight`."""
+
+    @abstractmethod
+    def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
+        """The weight as it will be read back, float32, differentiable."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
+        """What the file stores; `decode` of it equals `simulate` bit for bit."""
+
+    @abstractmethod
+    def decode(self, coded: Coded, choice: Choice) -> Tensor:
+        """float32 tensor in the shape of `coded.codes`."""
+
+    def parse(self, raw: Any) -> Choice:
+        return str(raw)
+
+    def sites(self, anatomy: Anatomy) -> Sequence[str]:
+        return [layer.name for layer in anatomy.layers]
+
+
+class TrainingTechnique(Technique):
+    """Changes how a candidate is fine-tuned, not what it is."""
+
+    def sites(self, anatomy: Anatomy) -> Sequence[str]:
+        return [MODEL]
+
+    def autocast(self, choice: Choice, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def penalty(self, choice: Choice) -> float:
+        """Price of the estimated rate in the loss: nats per bit of an average original weight."""
+        return 0.0
+
+
+class _CodingDimension:
+    """The union of codings as one dimension of the space."""
+
+    default = "float32"
+
+    def __init__(self, name: str, about: str, sites: Callable[[Anatomy], Sequence[str]]) -> None:
+        self.name, self.about, self.sites = name, about, sites
+
+    def parse(self, raw: Any) -> Choice:
+        if raw not in coding_choices():
+            raise SpaceError(f"choice {raw!r} does not exist; choose from {', '.join(map(str, coding_choices()))}")
+        return str(raw)
+
+
+_STRUCTURES: dict[str, StructureTechnique] = {}
+_MASKINGS: dict[str, Masking] = {}
+_CODINGS: dict[int, Coding] = {}
+_TRAININGS: dict[str, TrainingTechnique] = {}
+
+
+def register(technique: Technique) -> None:
+    """Make a technique known: its dimension can be searched, its results stored and read back."""
+    if isinstance(technique, Coding):
+        if technique.tag in _CODINGS:
+            raise ValueError(f"coding tag {technique.tag} is taken by {_CODINGS[technique.tag]}")
+        _CODINGS[technique.tag] = technique
+        if technique.name not in dimensions():
+            register_dimension(_CodingDimension("weights", technique.about, technique.sites))
+            about = "number format of biases, norms and everything that is not a layer's weight"
+            register_dimension(_CodingDimension("vectors", about, lambda anatomy: [MODEL]))
+        return
+    register_dimension(technique)
+    if isinstance(technique, StructureTechnique):
+        _STRUCTURES[technique.name] = technique
+    elif isinstance(technique, Masking):
+        _MASKINGS[technique.name] = technique
+    elif isinstance(technique, TrainingTechnique):
+        _TRAININGS[technique.name] = technique
+
+
+def structures() -> Mapping[str, StructureTechnique]:
+    return _STRUCTURES
+
+
+def maskings() -> Mapping[str, Masking]:
+    return _MASKINGS
+
+
+def trainings() -> Mapping[str, TrainingTechnique]:
+    return _TRAININGS
+
+
+def coding_choices() -> dict[Choice, Coding]:
+    """Choice -> the coding that offers it, from the lightest to the heaviest."""
+    offered = [(choice, coding) for coding in _CODINGS.values() for choice in coding.choices()]
+    return dict(sorted(offered, key=lambda pair: -pair[1].bits(pair[0])))
+
+
+def coding_of(choice: Choice) -> Coding:
+    return coding_choices()[choice]
+
+
+def coding_tagged(tag: int) -> Coding | None:
+    return _CODINGS.get(tag)
+
+
+def number_in(raw: Any, low: float, high: float, what: str) -> float:
+    """`raw` as a float within [low, high], or a SpaceError that says what is expected."""
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not low <= raw <= high:
+        raise SpaceError(f"choice {raw!r} does not exist; {what} from {low:g} to {high:g}")
+    return float(raw)

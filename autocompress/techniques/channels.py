@@ -1,0 +1,50 @@
+"""Structured pruning: whole channels are removed from every layer that shares them.
+
+Groups come from Torch-Pruning's dependency graph (Fang et al., DepGraph, CVPR 2023); the channels of
+least group norm go first (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from autocompress.anatomy import Anatomy, ChannelGraph, Run
+from autocompress.recipe import Choice
+from autocompress.techniques.base import StructureTechnique, number_in, register
+
+
+def kept_channels(original: int, share: float) -> int:
+    """Channels that stay of `original`: at least one."""
+    return max(1, round(original * share))
+
+
+class Channels(StructureTechnique):
+    name = "channels"
+    default = 1.0
+    about = "share of the channels of a group that is kept; the rest is removed physically"
+
+    def parse(self, raw: Any) -> Choice:
+        return number_in(raw, 0.01, 1.0, "give the kept share,")
+
+    def sites(self, anatomy: Anatomy) -> Sequence[str]:
+        return [group.name for group in anatomy.groups]
+
+    def apply(self, model: nn.Module, chosen: Mapping[str, Choice], run: Run) -> None:
+        """`chosen` holds channel counts (site -> int): counts, unlike shares, also fit a pruned model."""
+        if not chosen:
+            return
+        graph = ChannelGraph(model, run)
+        for name, count in chosen.items():
+            surplus = graph.channels(name) - int(count)
+            if surplus > 0:
+                weakest = graph.importance(name).argsort(stable=True)[:surplus]
+                graph.remove(name, sorted(weakest.tolist()))
+
+    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:
+        """Nothing to do: the shapes of the stored tensors tell all."""
+
+
+register(Channels())

@@ -1,0 +1,75 @@
+"""Integer weights of 2 to 8 bits with one learned step a tensor.
+
+Learned step size quantisation (Esser et al., LSQ, ICLR 2020): the weight is `code * step` with `code`
+in [-2^(b-1), 2^(b-1) - 1]; rounding is straight-through, and the step has its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocompress.recipe import Choice
+from autocompress.techniques.base import Coded, Coding, register
+
+_CHOICES = tuple(f"int{bits}" for bits in range(8, 1, -1))
+
+
+def _limits(choice: Choice) -> tuple[int, int]:
+    half = 1 << (int(str(choice)[3:]) - 1)
+    return -half, half - 1
+
+
+class Integers(Coding):
+    tag = 1
+
+    def choices(self) -> Sequence[Choice]:
+        return _CHOICES
+
+    def bits(self, choice: Choice) -> float:
+        return float(str(choice)[3:])
+
+    def initial(self, weight: Tensor, choice: Choice) -> Tensor:
+        """The step of least squared error among 40 between 1/20 and all of the largest magnitude.
+
+        Zeros cost nothing under any step, so pruned tensors are fitted to what is left of them.
+        """
+        w = weight.detach().flatten().float()
+        largest = w.abs().max()
+        if not largest > 0:
+            return torch.ones(1)
+        if w.numel() > 65536:
+            w = w[:: w.numel() // 65536 + 1]
+        low, high = _limits(choice)
+        steps = largest / high * torch.logspace(-1.3, 0, 40, device=w.device)
+        errors = [((w / s).round().clamp(low, high) * s - w).square().sum() for s in steps]
+        return steps[int(torch.stack(errors).argmin())].view(1).clone()
+
+    def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
+        low, high = _limits(choice)
+        step = _positive(parameters)
+        grad_scale = (weight.numel() * high) ** -0.5
+        step = step.detach() + (step - step.detach()) * grad_scale
+        scaled = (weight / step).clamp(low, high)
+        code = scaled.detach().round()
+        return (scaled + (code - scaled.detach())) * step if torch.is_grad_enabled() else code * step
+
+    def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
+        low, high = _limits(choice)
+        step = _positive(parameters.detach())
+        codes = (weight.detach() / step).clamp(low, high).round()
+        return Coded(codes.to(torch.int8).cpu().numpy(), (float(step),))
+
+    def decode(self, coded: Coded, choice: Choice) -> Tensor:
+        step = torch.tensor(coded.parameters[0], dtype=torch.float32)
+        return torch.from_numpy(coded.codes.astype(np.float32)) * step
+
+
+def _positive(step: Tensor) -> Tensor:
+    return step.abs().clamp_min(1e-12)
+
+
+register(Integers())

@@ -1,0 +1,36 @@
+"""Precision of fine-tuning: mixed precision with bfloat16 anywhere, with float16 on CUDA.
+
+Micikevicius et al., Mixed Precision Training, ICLR 2018. The file is the same kind of file; only the
+speed and the noise of training change.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from autocompress.errors import SpaceError
+from autocompress.recipe import Choice
+from autocompress.techniques.base import TrainingTechnique, register
+
+
+class Precision(TrainingTechnique):
+    name = "precision"
+    default = "float32"
+    about = "arithmetic of fine-tuning: float32, bfloat16, or float16 (CUDA; bfloat16 elsewhere)"
+
+    def parse(self, raw: Any) -> Choice:
+        if raw not in ("float32", "bfloat16", "float16"):
+            raise SpaceError(f"choice {raw!r} does not exist; choose from float32, bfloat16, float16")
+        return str(raw)
+
+    def autocast(self, choice: Choice, device: torch.device) -> AbstractContextManager[Any]:
+        if choice == "float32":
+            return nullcontext()
+        half = torch.float16 if choice == "float16" and device.type == "cuda" else torch.bfloat16
+        return torch.autocast(device.type, half)
+
+
+register(Precision())
