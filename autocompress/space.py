@@ -33,6 +33,9 @@ class Dimension(Protocol):
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         """Where in this model the dimension exists; `[MODEL]` for those of the whole model."""
 
+    def available(self, choice: Choice) -> bool:
+        """Whether this machine can do it."""
+
 
 _DIMENSIONS: dict[str, Dimension] = {}
 
@@ -159,6 +162,7 @@ class SearchSpace:
                 for pattern, named in self.rules:
                     if site != MODEL and name in named and fnmatchcase(site, pattern):
                         choices = named[name]
+                choices = tuple(choice for choice in choices if dimension.available(choice))
                 if choices:
                     bound.append(BoundDimension(site, name, choices, dimension.default))
         if not bound:

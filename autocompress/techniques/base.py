@@ -49,6 +49,10 @@ class Technique(ABC):
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         """Names of the parts of a model where the dimension exists."""
 
+    def available(self, choice: Choice) -> bool:
+        """Whether this machine can do it; a choice that is not available is left out of the space."""
+        return True
+
 
 class StructureTechnique(Technique):
     """Changes the model itself, before fine-tuning."""
@@ -77,11 +81,11 @@ class Masking(Technique):
 class Coded:
     """A tensor as the file stores it.
 
-    codes: integer array in the shape of the tensor, entropy-coded; zero means the weight is zero.
+    codes: int32 array in the shape of the tensor, entropy-coded; zero means the weight is zero.
     parameters: float32 values that are stored as they are (steps, code books).
     """
 
-    codes: np.ndarray[Any, np.dtype[Any]]
+    codes: np.ndarray[Any, np.dtype[np.int32]]
     parameters: tuple[float, ...] = ()
 
 
@@ -111,6 +115,11 @@ class Coding(Technique):
     @abstractmethod
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         """The weight as it will be read back, float32, differentiable."""
+
+    @abstractmethod
+    def layout(self, choice: Choice) -> tuple[int, int]:
+        """(exponent, mantissa) bits when codes are the bit patterns of floats; (0, b) when they are
+        signed integers of at most 2^b in magnitude."""
 
     @abstractmethod
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
@@ -153,6 +162,9 @@ class _CodingDimension:
         if raw not in coding_choices():
             raise SpaceError(f"choice {raw!r} does not exist; choose from {', '.join(map(str, coding_choices()))}")
         return str(raw)
+
+    def available(self, choice: Choice) -> bool:
+        return True
 
 
 _STRUCTURES: dict[str, StructureTechnique] = {}
@@ -205,6 +217,11 @@ def coding_of(choice: Choice) -> Coding:
 
 def coding_tagged(tag: int) -> Coding | None:
     return _CODINGS.get(tag)
+
+
+def straight_through(value: Tensor, weight: Tensor) -> Tensor:
+    """`value` to the bit, with the gradient of `weight` (Bengio et al., 2013)."""
+    return value.detach() + (weight - weight.detach())
 
 
 def number_in(raw: Any, low: float, high: float, what: str) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autocompress.recipe import Choice
-from autocompress.techniques.base import Coded, Coding, register
+from autocompress.techniques.base import Coded, Coding, register, straight_through
 
 _CHOICES = tuple(f"int{bits}" for bits in range(8, 1, -1))
 
@@ -52,16 +52,18 @@ class Integers(Coding):
         low, high = _limits(choice)
         step = _positive(parameters)
         grad_scale = (weight.numel() * high) ** -0.5
-        step = step.detach() + (step - step.detach()) * grad_scale
+        step = straight_through(step, step * grad_scale)
         scaled = (weight / step).clamp(low, high)
-        code = scaled.detach().round()
-        return (scaled + (code - scaled.detach())) * step if torch.is_grad_enabled() else code * step
+        return straight_through(scaled.round(), scaled) * step
+
+    def layout(self, choice: Choice) -> tuple[int, int]:
+        return 0, int(str(choice)[3:]) - 1
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         low, high = _limits(choice)
         step = _positive(parameters.detach())
         codes = (weight.detach() / step).clamp(low, high).round()
-        return Coded(codes.to(torch.int8).cpu().numpy(), (float(step),))
+        return Coded(codes.to(torch.int32).cpu().numpy(), (float(step),))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
         step = torch.tensor(coded.parameters[0], dtype=torch.float32)

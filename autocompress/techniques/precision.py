@@ -19,18 +19,20 @@ from autocompress.techniques.base import TrainingTechnique, register
 class Precision(TrainingTechnique):
     name = "precision"
     default = "float32"
-    about = "arithmetic of fine-tuning: float32, bfloat16, or float16 (CUDA; bfloat16 elsewhere)"
+    about = "arithmetic of fine-tuning: float32, bfloat16, or (on CUDA only) float16"
 
     def parse(self, raw: Any) -> Choice:
         if raw not in ("float32", "bfloat16", "float16"):
             raise SpaceError(f"choice {raw!r} does not exist; choose from float32, bfloat16, float16")
         return str(raw)
 
+    def available(self, choice: Choice) -> bool:
+        return choice != "float16" or torch.cuda.is_available()
+
     def autocast(self, choice: Choice, device: torch.device) -> AbstractContextManager[Any]:
         if choice == "float32":
             return nullcontext()
-        half = torch.float16 if choice == "float16" and device.type == "cuda" else torch.bfloat16
-        return torch.autocast(device.type, half)
+        return torch.autocast(device.type, torch.float16 if choice == "float16" else torch.bfloat16)
 
 
 register(Precision())

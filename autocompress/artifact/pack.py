@@ -1,0 +1,110 @@
+"""Models to artifacts and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.anatomy import layer_name
+from autocompress.artifact.container import Artifact, Plan, decode_artifact, encode_artifact, read_artifact
+from autocompress.errors import ArtifactError
+from autocompress.recipe import MODEL, Choice, Recipe
+from autocompress.surgery import assign, tensors
+from autocompress.techniques.base import coding_of, structures
+
+SMALL_VECTOR = 8
+"""Shorter tensors stay float32: a step of their own would cost as much as it saves."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What fine-tuning leaves behind: a model whose tensors are float32, and how to store them.
+
+    masked: layer -> its float32 weight with pruned weights at zero. parameters: layer -> learned
+    parameters of its coding.
+    """
+
+    model: nn.Module
+    masked: Mapping[str, Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def fold_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of `model` with every batch norm reduced to scale and shift.
+
+    In evaluation mode (x - mean) / sqrt(var + eps) * weight + bias has two degrees of freedom a channel,
+    not four; mean becomes 0 and var 1 - eps, which the file stores in a few bytes.
+    """
+    folded = tensors(model)
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        mean, var = module.running_mean, module.running_var
+        names = [f"{prefix}.{name}" if prefix else name for name in ("weight", "bias")]
+        if mean is None or var is None or not all(name in folded for name in names):
+            continue
+        weight, bias = (folded[name] for name in names)
+        scale = weight / (var + module.eps).sqrt()
+        place = prefix + "." if prefix else ""
+        folded[names[0]], folded[names[1]] = scale, bias - mean * scale
+        folded[place + "running_mean"] = torch.zeros_like(mean)
+        folded[place + "running_var"] = torch.full_like(var, 1 - module.eps)
+        if module.num_batches_tracked is not None:
+            folded[place + "num_batches_tracked"] = torch.zeros_like(module.num_batches_tracked)
+    return folded
+
+
+def plans(weights: Weights, recipe: Recipe) -> dict[str, Plan]:
+    """How each tensor of a compressed model is stored: layers by their own choice, the rest by `vectors`."""
+    chosen = recipe.dimension("weights")
+    vectors = recipe.get(MODEL, "vectors", "float32")
+    assert vectors is not None
+    out = {}
+    for name, value in fold_norms(weights.model).items():
+        layer = layer_name(name)
+        if layer in weights.masked:
+            choice: Choice = chosen.get(layer, "float32")
+            out[name] = Plan(weights.masked[layer], choice, weights.parameters.get(layer, torch.empty(0)))
+        elif value.is_floating_point() and value.numel() >= SMALL_VECTOR:
+            out[name] = Plan(value, vectors, coding_of(vectors).initial(value, vectors))
+        else:
+            out[name] = Plan(value, "float32")
+    return out
+
+
+def pack(weights: Weights, recipe: Recipe) -> bytes:
+    """The bytes of the artifact; `unpack` gives back exactly what the techniques simulate."""
+    return encode_artifact(plans(weights, recipe), recipe)
+
+
+def unpack(artifact: Artifact | bytes, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """A module in evaluation mode with the structure and the tensors of `artifact`.
+
+    model: the architecture, as an instance (copied, not changed) or as a function that builds it; its
+    own weights do not matter. Raises ArtifactError when the two do not fit.
+    """
+    if isinstance(artifact, bytes):
+        artifact = decode_artifact(artifact)
+    fresh = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    for name, structure in structures().items():
+        try:
+            structure.restore(fresh, artifact.recipe.dimension(name))
+        except AttributeError as error:
+            raise ArtifactError(f"the model has no part as in the file ({error}): another architecture") from error
+    assign(fresh, {name: tensor.value for name, tensor in artifact.tensors.items()})
+    return fresh.eval()
+
+
+def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """The compressed model of a `.acz` file as a plain module, smaller and ready to run.
+
+    model: the architecture, as an instance (copied, not changed) or as a function that builds it; its
+    weights do not matter. Batch norms come back folded: fine for inference, not for training on.
+    Raises ArtifactError when the file cannot be read or does not fit the model.
+    """
+    return unpack(read_artifact(path), model)
