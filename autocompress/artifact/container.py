@@ -275,7 +275,7 @@ class _Reader:
         weights = sum(math.prod(shape) for shape, _ in kinds)
         if weights > MAX_WEIGHTS_PER_BYTE * (len(stream) + 64) + 64 * len(self.data):
             constant = sum(math.prod(shape) for shape, kind in kinds if kind != CODED)
-            if weights - constant > MAX_WEIGHTS_PER_BYTE * (len(stream) + 64) or constant > 1 << 30:
+            if weights - constant > MAX_WEIGHTS_PER_BYTE * (len(stream) + 64) or constant > 1 << 24:
                 raise self.broken("it declares more weights than its length can hold")
         descriptions = [self.describe(name, shape, kind) for name, (shape, kind) in zip(names, kinds, strict=True)]
         recipe = self.recipe(names)

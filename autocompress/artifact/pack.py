@@ -49,7 +49,8 @@ def fold_norms(model: nn.Module) -> dict[str, Tensor]:
         if mean is None or var is None or not all(name in folded for name in names):
             continue
         weight, bias = (folded[name] for name in names)
-        scale = weight / (var + module.eps).sqrt()
+        # a channel that never changes needs no scale, and the huge one it has would ruin the coding
+        scale = torch.where(var > 1e-3 * module.eps, weight / (var + module.eps).sqrt(), torch.zeros(()))
         place = prefix + "." if prefix else ""
         folded[names[0]], folded[names[1]] = scale, bias - mean * scale
         folded[place + "running_mean"] = torch.zeros_like(mean)

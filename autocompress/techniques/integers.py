@@ -24,6 +24,8 @@ def _limits(choice: Choice) -> tuple[int, int]:
 
 
 class Integers(Coding):
+    """The learned parameter is the natural logarithm of the step, so that it needs no scale of its own."""
+
     tag = 1
 
     def choices(self) -> Sequence[Choice]:
@@ -31,6 +33,9 @@ class Integers(Coding):
 
     def bits(self, choice: Choice) -> float:
         return float(str(choice)[3:])
+
+    def layout(self, choice: Choice) -> tuple[int, int]:
+        return 0, int(self.bits(choice)) - 1
 
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:
         """The step of least squared error among 40 between 1/20 and all of the largest magnitude.
@@ -40,38 +45,29 @@ class Integers(Coding):
         w = weight.detach().flatten().float()
         largest = w.abs().max()
         if not largest > 0:
-            return torch.ones(1)
+            return torch.zeros(1)
         if w.numel() > 65536:
             w = w[:: w.numel() // 65536 + 1]
         low, high = _limits(choice)
         steps = largest / high * torch.logspace(-1.3, 0, 40, device=w.device)
         errors = [((w / s).round().clamp(low, high) * s - w).square().sum() for s in steps]
-        return steps[int(torch.stack(errors).argmin())].view(1).clone()
+        return steps[int(torch.stack(errors).argmin())].view(1).log()
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         low, high = _limits(choice)
-        step = _positive(parameters)
-        grad_scale = (weight.numel() * high) ** -0.5
-        step = straight_through(step, step * grad_scale)
+        step = parameters.exp()
         scaled = (weight / step).clamp(low, high)
         return straight_through(scaled.round(), scaled) * step
 
-    def layout(self, choice: Choice) -> tuple[int, int]:
-        return 0, int(str(choice)[3:]) - 1
-
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         low, high = _limits(choice)
-        step = _positive(parameters.detach())
+        step = parameters.detach().exp()
         codes = (weight.detach() / step).clamp(low, high).round()
         return Coded(codes.to(torch.int32).cpu().numpy(), (float(step),))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
         step = torch.tensor(coded.parameters[0], dtype=torch.float32)
         return torch.from_numpy(coded.codes.astype(np.float32)) * step
-
-
-def _positive(step: Tensor) -> Tensor:
-    return step.abs().clamp_min(1e-12)
 
 
 register(Integers())

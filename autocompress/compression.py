@@ -1,0 +1,167 @@
+"""Recipe + model -> the compressed model, while it is fine-tuned.
+
+The model's own parameters hold what the file will hold: before each forward pass `materialise` writes
+the masked and coded weights into them, after the backward pass `backpropagate` hands their gradients
+on to the dense weights behind. So any module can be compressed, whatever it does with its weights:
+recurrent layers, tied weights, functional calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.anatomy import Anatomy, Layer, Run
+from autocompress.artifact import Weights
+from autocompress.recipe import Choice, Recipe
+from autocompress.surgery import assign, owners, tensors
+from autocompress.techniques.base import Coding, coding_of, maskings, structures
+from autocompress.techniques.channels import kept_channels
+
+_STEP = "autocompress.parameters/"
+
+
+@dataclass
+class ShadowedLayer:
+    """One layer: its parameter in the model, the dense weight behind, mask and coding."""
+
+    layer: Layer
+    parameter: nn.Parameter
+    dense: Tensor
+    choice: Choice
+    coding: Coding
+    learned: Tensor
+    mask: Tensor | None = None
+    _effective: Tensor | None = None
+
+    def masked(self) -> Tensor:
+        return self.dense if self.mask is None else self.dense * self.mask
+
+    def effective(self) -> Tensor:
+        """float32, shape of the layer: what the file will give back; differentiable."""
+        return self.coding.simulate(self.masked(), self.choice, self.learned)
+
+
+class Candidate:
+    """A model compressed by a recipe, ready to be fine-tuned, stored or probed.
+
+    `state` is a parent's `state()`, or None to start from the original model; the structure of the
+    parent may only be larger.
+    """
+
+    def __init__(
+        self, original: nn.Module, anatomy: Anatomy, recipe: Recipe, run: Run, state: Mapping[str, Tensor] | None = None
+    ) -> None:  # fmt: skip
+        import copy
+
+        self.anatomy, self.recipe, self.run = anatomy, recipe, run
+        self.model = copy.deepcopy(original).eval()
+        parent = dict(state or {})
+        learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}
+        choices = {k.rpartition("|")[0]: k.rpartition("|")[2] for k in learned}
+        for name, structure in structures().items():
+            chosen = recipe.dimension(name)
+            if name == "channels":
+                chosen = {g.name: kept_channels(g.channels, float(chosen[g.name])) for g in anatomy.groups if g.name in chosen}
+                if parent:
+                    _assign_known(self.model, parent)
+            structure.apply(self.model, chosen, run)
+        if parent:
+            _assign_known(self.model, parent)
+        places = owners(self.model)
+        self.layers: dict[str, ShadowedLayer] = {}
+        for layer in anatomy.layers:
+            parameter = getattr(*places[layer.parameter][0])
+            choice = recipe.get(layer.name, "weights", "float32")
+            assert choice is not None
+            coding = coding_of(choice)
+            dense = parameter.detach().float().clone()
+            shadow = ShadowedLayer(layer, parameter, dense, choice, coding, torch.empty(0))
+            self.layers[layer.name] = shadow
+            self.set_masks([layer.name])
+            known = learned.get(f"{layer.name}|{choice}") if choices.get(layer.name) == choice else None
+            shadow.learned = coding.initial(shadow.masked(), choice) if known is None else known.clone()
+            shadow.learned = shadow.learned.to(dense.device)
+
+    def set_masks(self, names: list[str] | None = None, share: float = 1.0, start: Mapping[str, float] | None = None) -> None:
+        """Recompute masks from the dense weights, at `share` of the way from `start` to the recipe's sparsity."""
+        for name in self.layers if names is None else names:
+            shadow = self.layers[name]
+            for dimension, masking in maskings().items():
+                target = self.recipe.get(name, dimension, masking.default)
+                assert target is not None
+                if target == masking.default:
+                    shadow.mask = None
+                    continue
+                if share < 1 and isinstance(target, float):
+                    first = min((start or {}).get(name, 0.0), target)
+                    target = first + (target - first) * share
+                shadow.mask = masking.mask(shadow.dense, target)
+
+    # ------------------------------------------------------------ simulation
+
+    def materialise(self, keep_graph: bool = False) -> None:
+        """Write the effective weights into the model's parameters."""
+        for shadow in self.layers.values():
+            if keep_graph:
+                with torch.enable_grad():
+                    shadow._effective = shadow.effective()
+                shadow.parameter.data.copy_(shadow._effective.detach())
+            else:
+                with torch.no_grad():
+                    shadow.parameter.data.copy_(shadow.effective())
+
+    def trainable(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(weights with weight decay, all others) as leaves for an optimizer."""
+        hidden = {id(shadow.parameter) for shadow in self.layers.values()}
+        weights, others = [], []
+        for shadow in self.layers.values():
+            weights.append(shadow.dense.requires_grad_())
+            shadow.parameter.requires_grad_()
+            if shadow.learned.numel():
+                others.append(shadow.learned.requires_grad_())
+        others += [p for p in self.model.parameters() if id(p) not in hidden and p.is_floating_point()]
+        return weights, others
+
+    def backpropagate(self) -> None:
+        """Hand the gradients of the model's parameters on to dense weights and learned parameters."""
+        roots, gradients = [], []
+        for shadow in self.layers.values():
+            if shadow.parameter.grad is not None and shadow._effective is not None:
+                roots.append(shadow._effective)
+                gradients.append(shadow.parameter.grad)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        for shadow in self.layers.values():
+            shadow.parameter.grad = None
+            shadow._effective = None
+
+    # ------------------------------------------------------------ results
+
+    def weights(self) -> Weights:
+        """What the file stores."""
+        self.materialise()
+        masked = {name: shadow.masked().detach() for name, shadow in self.layers.items()}
+        return Weights(self.model, masked, {n: s.learned.detach() for n, s in self.layers.items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a child needs to go on from here: dense weights, norms, learned parameters."""
+        state = tensors(self.model)
+        for name, shadow in self.layers.items():
+            state[shadow.layer.parameter] = shadow.dense.detach()
+            if shadow.learned.numel():
+                state[f"{_STEP}{name}|{shadow.choice}"] = shadow.learned.detach()
+        return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+
+
+def _assign_known(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Assign what both have: a child may have quantisers that its parent lacks, and the other way round."""
+    own = tensors(model)
+    assign(model, own | {key: value for key, value in state.items() if key in own and _fits(own[key], value)})
+
+
+def _fits(own: Tensor, value: Tensor) -> bool:
+    return own.ndim == value.ndim and all(a >= b for a, b in zip(own.shape, value.shape, strict=True))

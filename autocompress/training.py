@@ -1,0 +1,134 @@
+"""Fine-tuning of a candidate: distillation, straight-through estimator, rate penalty, mixed precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.compression import Candidate
+from autocompress.errors import TaskError
+from autocompress.rate import RateModel
+from autocompress.recipe import MODEL
+from autocompress.task import Task, device_of, to_device
+from autocompress.techniques.base import trainings
+
+DISTILLATION = 0.5
+"""Share of the distillation loss; the rest is the task's own loss."""
+TEMPERATURE = 2.0
+_MASK_EVERY = 4
+_RAMP = 0.5
+"""Sparsity reaches its target after this share of the steps (cubic, Zhu and Gupta, 2017)."""
+_FREEZE = 0.75
+
+
+def divergence(student: Any, teacher: Any, target: Any = None, temperature: float = 1.0) -> Tensor:
+    """How far outputs are from the original model's, a scalar tensor.
+
+    KL divergence over dimension 1 where targets are class indices (Hinton et al., 2015), else squared
+    error relative to the variance of the teacher's output. Tuples, lists and dicts are averaged.
+    """
+    if isinstance(student, Tensor):
+        if not student.is_floating_point():
+            return torch.zeros(())
+        student, teacher = student.float(), teacher.float()
+        classes = isinstance(target, Tensor) and not target.is_floating_point() and student.ndim >= 2
+        if classes and student.shape[1] > 1:
+            p = (teacher / temperature).log_softmax(1)
+            q = (student / temperature).log_softmax(1)
+            return temperature**2 * (p.exp() * (p - q)).sum(1).mean()
+        return (student - teacher).square().mean() / teacher.var().clamp_min(1e-6)
+    if isinstance(student, Mapping):
+        pairs = [(student[key], teacher[key]) for key in student]
+    elif isinstance(student, (tuple, list)):
+        pairs = list(zip(student, teacher, strict=True))
+    else:
+        return torch.zeros(())
+    parts = [divergence(s, t, target, temperature) for s, t in pairs if isinstance(s, (Tensor, tuple, list, Mapping))]
+    return torch.stack(parts).mean() if parts else torch.zeros(())
+
+
+def fine_tune(
+    task: Task, candidate: Candidate, teacher: nn.Module, epochs: int, start_sparsity: Mapping[str, float] | None = None
+) -> Iterator[int]:  # fmt: skip
+    """Fine-tune in place; yields the number of finished epochs after each.
+
+    Raises TaskError when the loss stops being finite.
+    """
+    if epochs < 1:
+        return
+    model, recipe = candidate.model, candidate.recipe
+    device = device_of(model)
+    choices = {name: recipe.get(MODEL, name, technique.default) for name, technique in trainings().items()}
+    penalty = sum(technique.penalty(choices[name]) for name, technique in trainings().items())
+    weights, others = candidate.trainable()
+    groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=task.learning_rate)
+    half = device.type == "cuda" and choices.get("precision") == "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    rate = RateModel(candidate)
+    original = sum(layer.numel for layer in candidate.anatomy.layers)
+    total = epochs * _count(task)
+    step = 0
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for batch in task.batches("train"):
+            progress = min(step / total, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = task.learning_rate * _schedule(progress)
+            if step % _MASK_EVERY == 0 and progress < _FREEZE:
+                ramp = 1 - (1 - min(progress / _RAMP, 1.0)) ** 3
+                candidate.set_masks(share=ramp, start=start_sparsity)
+            if penalty and step % _MASK_EVERY == 0:
+                rate.refresh()
+            batch = to_device(batch, device)
+            candidate.materialise(keep_graph=True)
+            with ExitStack() as stack:
+                for name, technique in trainings().items():
+                    stack.enter_context(technique.autocast(choices[name], device))
+                output, target = task.run(model, batch)
+                with torch.no_grad():
+                    reference, _ = task.run(teacher, batch)
+            loss = (1 - DISTILLATION) * task.loss(_float(output), target)
+            loss = loss + DISTILLATION * divergence(output, reference, target, TEMPERATURE).to(loss.device)
+            if not math.isfinite(float(loss.detach())):
+                raise TaskError(f"the loss became {float(loss):g} while fine-tuning")
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            candidate.backpropagate()
+            if penalty:
+                scaler.scale(rate.bits() * (penalty / original)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+        candidate.set_masks()
+        candidate.materialise()
+        model.eval()
+        yield epoch
+
+
+def _float(output: Any) -> Any:
+    return output.float() if isinstance(output, Tensor) and output.is_floating_point() else output
+
+
+def _count(task: Task) -> int:
+    try:
+        return max(1, len(task.train))  # type: ignore[arg-type]
+    except TypeError:
+        return max(1, sum(1 for _ in task.batches("train")))
+
+
+def _schedule(progress: float) -> float:
+    """Linear warm-up over the first tenth, then a half cosine down to zero."""
+    if progress < 0.1:
+        return 0.1 + 9 * progress
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9)
+
+
+@torch.no_grad()
+def reference_outputs(task: Task, model: nn.Module, batches: list[Any]) -> list[Any]:
+    return [task.run(model, batch)[0] for batch in batches]
