@@ -35,7 +35,7 @@ _MAX_ROW_KERNEL = 1 << 16
 _EMPTY = torch.empty(0)
 _DICTIONARY = (
     b"channels\0activation\0relu\0hardtanh\0activation_bits\0precision\0bfloat16\0rate_penalty\0"
-    b"vectors\0float16\0int8\0int6\0weights\0int5\0int4\0int3\0int2\0sparsity\0"
+    b"vectors\0float16\0e8m5\0e8m3\0int8\0int6\0weights\0int5\0int4\0int3\0int2\0sparsity\0"
     b"encoder.layers.0.self_attn.in_proj_weight\nout_proj.weight\nlinear1.weight\nlinear2.bias\n"
     b"features.0.conv.weight\nlayer1.0.conv1.weight\nlayer1.0.bn1.weight\nrunning_mean\nrunning_var\n"
     b"num_batches_tracked\nshortcut.norm2.bias\nconv2.weight\nhead.weight\nhead.bias\n"
@@ -120,7 +120,7 @@ def _write_coded(rest: _Writer, state: CoderState, value: Tensor, plan: Plan, na
     if not bool(torch.isfinite(value).all()):
         raise ArtifactError(f"tensor {name!r} holds values that are not finite: it cannot be stored")
     coded = coding.encode(value, plan.choice, plan.parameters)
-    matrix, kernel = _matrix(coded.codes)
+    matrix, kernel = matrix_of(coded.codes)
     exponent, mantissa = coding.layout(plan.choice)
     transposed = False
     if matrix.shape[0] > 1 and kernel == 1 and matrix.size <= 1 << 20:
@@ -135,7 +135,7 @@ def _write_coded(rest: _Writer, state: CoderState, value: Tensor, plan: Plan, na
     state.code(np.ascontiguousarray(matrix.T) if transposed else matrix.copy(), kernel, exponent, mantissa, True)
 
 
-def _matrix(codes: Codes) -> tuple[Codes, int]:
+def matrix_of(codes: Codes) -> tuple[Codes, int]:
     """Codes as [rows, columns] and the columns of one input channel."""
     if codes.ndim < 2:
         return codes.reshape(1, -1), 1
@@ -330,7 +330,7 @@ class _Reader:
     ) -> StoredTensor:  # fmt: skip
         before = state.position
         codes = np.zeros(shape, np.int32)
-        matrix, kernel = _matrix(codes)
+        matrix, kernel = matrix_of(codes)
         turned = np.ascontiguousarray(matrix.T) if transposed else matrix
         state.code(turned, kernel, *coding.layout(choice), False)
         if transposed:

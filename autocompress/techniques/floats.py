@@ -1,4 +1,9 @@
-"""Floating-point weights: float32, float16 and bfloat16."""
+"""Floating-point weights: float32, float16, bfloat16, and bfloat16 with fewer bits of mantissa.
+
+`e8m5` and `e8m3` keep the exponent of float32 (8 bits, of which entropy coding leaves two or three) and
+round the mantissa to 5 or 3 bits: the same relative precision for large and small values, which the
+scales of norms need (the family of OCP's microscaling formats).
+"""
 
 from __future__ import annotations
 
@@ -11,38 +16,44 @@ from torch import Tensor
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Coded, Coding, register, straight_through
 
-_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LAYOUTS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7), "e8m5": (8, 5), "e8m3": (8, 3)}
 
 
 class Floats(Coding):
     tag = 0
 
     def choices(self) -> Sequence[Choice]:
-        return tuple(_TYPES)
+        return tuple(_LAYOUTS)
 
     def bits(self, choice: Choice) -> float:
-        return {"float32": 32, "float16": 16, "bfloat16": 15.99}[str(choice)]
+        return 1.0 + sum(self.layout(choice))
+
+    def layout(self, choice: Choice) -> tuple[int, int]:
+        return _LAYOUTS[str(choice)]
 
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:
         return torch.empty(0)
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        return straight_through(weight.detach().to(_TYPES[str(choice)]).float(), weight)
-
-    def layout(self, choice: Choice) -> tuple[int, int]:
-        return {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}[str(choice)]
+        return straight_through(self.decode(self.encode(weight, choice, parameters), choice).to(weight.device), weight)
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
-        """The bit patterns as integers; -0.0 becomes 0.0."""
-        value = (weight.detach().to(_TYPES[str(choice)]) + 0.0).contiguous().cpu()
-        narrow = value.view(torch.int32 if choice == "float32" else torch.int16).numpy()
-        return Coded(narrow.view(np.uint32 if choice == "float32" else np.uint16).astype(np.uint32).view(np.int32))
+        """The bit patterns as integers, rounded to nearest; -0.0 becomes 0.0."""
+        if choice == "float16":
+            half = (weight.detach().to(torch.float16) + 0.0).contiguous().cpu()
+            return Coded(half.view(torch.int16).numpy().view(np.uint16).astype(np.int32))
+        pattern = (weight.detach().float() + 0.0).contiguous().cpu().view(torch.int32).numpy().view(np.uint32)
+        drop = 23 - self.layout(choice)[1]
+        if drop:
+            pattern = (pattern + np.uint32(1 << (drop - 1))) >> np.uint32(drop)
+            pattern[pattern << np.uint32(drop) == 1 << 31] = 0
+        return Coded(pattern.view(np.int32))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
-        if choice == "float32":
-            return torch.from_numpy(coded.codes.copy()).view(torch.float32)
-        narrow = coded.codes.astype(np.uint16).view(np.int16)
-        return torch.from_numpy(narrow).view(_TYPES[str(choice)]).float()
+        if choice == "float16":
+            return torch.from_numpy(coded.codes.astype(np.uint16).view(np.int16)).view(torch.float16).float()
+        pattern = coded.codes << (23 - self.layout(choice)[1])
+        return torch.from_numpy(pattern).view(torch.float32)
 
 
 register(Floats())

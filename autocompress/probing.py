@@ -1,0 +1,168 @@
+"""What single choices do to a model: the change of its outputs and the bytes, measured, not trained."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress.artifact import pack, unpack
+from autocompress.artifact.coder import CoderState
+from autocompress.artifact.container import Codes, matrix_of
+from autocompress.artifact.container import decode_artifact
+from autocompress.compression import Candidate, ShadowedLayer
+from autocompress.recipe import MODEL, Choice, Recipe
+from autocompress.space import BoundSpace
+from autocompress.task import Task, batch_size
+from autocompress.techniques.base import coding_of, maskings, structures, trainings
+from autocompress.techniques.channels import kept_channels
+from autocompress.training import divergence
+
+SAMPLE = 8192
+"""Weights of a layer that are coded to predict its bytes; larger layers are scaled up."""
+_FEW = 16
+
+
+class Prober:
+    """Measures how far a candidate is from the original on the calibration batches."""
+
+    def __init__(self, task: Task, original: nn.Module, batches: Sequence[Any]) -> None:
+        self.task, self.batches = task, batches
+        self.batch_statistics = bool(batches) and batch_size(batches[0]) >= _FEW
+        self.references = [self._run(original, batch) for batch in batches]
+
+    def _run(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        with torch.no_grad(), _batch_norms(model, self.batch_statistics):
+            return self.task.run(model, batch)
+
+    def distance(self, model: nn.Module) -> float:
+        """Mean divergence from the original's outputs; infinite when it is not a number."""
+        total = 0.0
+        for batch, (reference, target) in zip(self.batches, self.references, strict=True):
+            total += float(divergence(self._run(model, batch)[0], reference, target))
+        value = total / max(len(self.batches), 1)
+        return value if np.isfinite(value) else 1e6
+
+    def effects(self, candidate: Candidate, wanted: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
+        """Rise of the distance by each wanted choice alone: "site:dimension" -> str(choice) -> rise."""
+        candidate.materialise()
+        here = self.distance(candidate.model)
+        out: dict[str, dict[str, float]] = {}
+        for key, choices in wanted.items():
+            site, _, dimension = key.rpartition(":")
+            present = candidate.recipe.as_dict().get(key)
+            for choice in choices:
+                rise = 0.0 if choice == present else self._distance_with(candidate, site, dimension, choice) - here
+                out.setdefault(key, {})[str(choice)] = max(0.0, rise)
+        return out
+
+    def _distance_with(self, candidate: Candidate, site: str, dimension: str, choice: Choice) -> float:
+        if dimension == "weights" or dimension in maskings():
+            shadow = candidate.layers[site]
+            shadow.parameter.data.copy_(_stored(shadow, dimension, choice))
+            try:
+                return self.distance(candidate.model)
+            finally:
+                with torch.no_grad():
+                    shadow.parameter.data.copy_(shadow.effective())
+        if dimension == "vectors":
+            other = Recipe.of(candidate.recipe.as_dict() | {f"{MODEL}:vectors": choice})
+            data = pack(candidate.weights(), other)
+            return self.distance(unpack(data, candidate.model))
+        if dimension in structures():
+            model = copy.deepcopy(candidate.model)
+            chosen: Choice = choice
+            if dimension == "channels":
+                group = next(group for group in candidate.anatomy.groups if group.name == site)
+                chosen = kept_channels(group.channels, float(choice))
+            structures()[dimension].apply(model, {site: chosen}, candidate.run)
+            return self.distance(model)
+        return self.distance(candidate.model)
+
+
+@contextmanager
+def _batch_norms(model: nn.Module, use_batch: bool) -> Iterator[None]:
+    """Batch norms take the statistics of the batch: a cheap re-estimation that leaves no trace."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and use_batch]
+    saved = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, (momentum, training) in zip(norms, saved, strict=True):
+            norm.momentum = momentum
+            norm.train(training)
+
+
+@torch.no_grad()
+def _stored(shadow: ShadowedLayer, dimension: str, choice: Choice) -> Tensor:
+    """The layer's weight as it would come back from the file with another choice."""
+    weight = shadow.masked()
+    if dimension != "weights":
+        weight = shadow.dense * maskings()[dimension].mask(shadow.dense, choice)
+        return shadow.coding.simulate(weight, shadow.choice, shadow.learned)
+    coding = coding_of(choice)
+    return coding.simulate(weight, choice, coding.initial(weight, choice).to(weight.device))
+
+
+def wanted_choices(space: BoundSpace) -> dict[str, tuple[Choice, ...]]:
+    """Every choice of every dimension that changes the model (and not only its training)."""
+    return {d.key: d.choices for d in space if d.name not in trainings()}
+
+
+@torch.no_grad()
+def layer_bytes(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str, float]]:
+    """Bytes of each layer alone for every combination of its coding and maskings.
+
+    Layer -> "choice|choice|..." (in the order of the space's dimensions of that layer) -> bytes.
+    """
+    names = ("weights", *maskings())
+    table: dict[str, dict[str, float]] = {}
+    for name, shadow in candidate.layers.items():
+        dims = [d for d in space if d.site == name and d.name in names]
+        weight = shadow.dense
+        rows = max(1, SAMPLE // max(1, weight[0].numel()))
+        sample = weight[:: -(-weight.shape[0] // rows)] if weight.numel() > SAMPLE else weight
+        scale = weight.numel() / sample.numel()
+        row = table.setdefault(name, {})
+        for combination in itertools.product(*(d.choices for d in dims)):
+            chosen = dict(zip((d.name for d in dims), combination, strict=True))
+            masked = sample
+            for dimension, masking in maskings().items():
+                if dimension in chosen:
+                    masked = masked * masking.mask(masked, chosen[dimension])
+            choice = chosen.get("weights", "float32")
+            coding = coding_of(choice)
+            codes = coding.encode(masked, choice, coding.initial(masked, choice).to(masked.device)).codes
+            row["|".join(map(str, combination))] = coded_bytes(codes, *coding.layout(choice)) * scale
+    return table
+
+
+def coded_bytes(codes: Codes, exponent: int, mantissa: int) -> int:
+    """Bytes of the entropy-coded stream of these codes alone."""
+    matrix, kernel = matrix_of(codes)
+    state = CoderState()
+    state.code(np.ascontiguousarray(matrix).copy(), kernel, exponent, mantissa, True)
+    return len(state.finish())
+
+
+def vector_bytes(candidate: Candidate, space: BoundSpace) -> tuple[dict[str, float], float]:
+    """(choice of `vectors` -> bytes of everything that is not a layer, header bytes)."""
+    choices = next((d.choices for d in space if d.name == "vectors"), ("float32",))
+    layers = {layer.parameter for layer in candidate.anatomy.layers}
+    weights = candidate.weights()
+    out, header = {}, 0.0
+    for choice in choices:
+        recipe = Recipe.of(candidate.recipe.as_dict() | {f"{MODEL}:vectors": choice})
+        artifact = decode_artifact(pack(weights, recipe))
+        out[str(choice)] = float(sum(t.size_bytes for n, t in artifact.tensors.items() if n not in layers))
+        header = artifact.header_bytes + 2.0 * len(candidate.layers)
+    return out, header

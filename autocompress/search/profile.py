@@ -1,0 +1,93 @@
+"""What is known before the first trial: the effect and the bytes of every choice, measured alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autocompress.anatomy import Anatomy
+from autocompress.recipe import MODEL, Choice
+from autocompress.space import BoundSpace
+
+Chosen = Mapping[str, Choice]
+"""key ("site:dimension") -> choice, complete: one for every dimension of the space."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """numel: weights of the layer. groups: channel groups that scale it. keys: dimensions of its bytes."""
+
+    name: str
+    groups: tuple[str, ...]
+    keys: tuple[str, ...]
+    table: Mapping[str, float]
+
+
+class Profile:
+    """Predicts the bytes of any recipe and holds the effects of single choices.
+
+    effects: key -> str(choice) -> rise of the output distance. Bytes of a layer come from coding its
+    weights with every combination of its own choices, scaled by the channels that stay.
+    """
+
+    def __init__(self, space: BoundSpace, anatomy: Anatomy, measured: Mapping[str, Any]) -> None:
+        self.space = space
+        self.effects: dict[str, dict[str, float]] = {k: dict(v) for k, v in measured["effects"].items()}
+        self.header_bytes = float(measured["header_bytes"])
+        self._vector_bytes: Mapping[str, float] = measured["vector_bytes"]
+        self._vectors = anatomy.vectors
+        self._vector_total = max(1, sum(count for count, _ in anatomy.vectors))
+        grouped = {d.site for d in space if d.name == "channels"}
+        self.layers: dict[str, LayerCost] = {}
+        for layer in anatomy.layers:
+            # the order of the keys is the order in which the table was measured
+            keys = tuple(d.key for d in space if d.site == layer.name and d.name not in ("channels", "activation_bits", "activation"))
+            groups = tuple(f"{g}:channels" for g in layer.groups if g in grouped)
+            self.layers[layer.name] = LayerCost(layer.name, groups, keys, measured["layer_bytes"][layer.name])
+        self.touches: dict[str, list[str]] = {d.key: [] for d in space}
+        for cost in self.layers.values():
+            for key in {*cost.keys, *cost.groups}:
+                self.touches[key].append(cost.name)
+
+    def layer_bytes(self, name: str, chosen: Chosen) -> float:
+        cost = self.layers[name]
+        size = cost.table["|".join(str(chosen[key]) for key in cost.keys)]
+        for key in cost.groups:
+            size *= float(chosen[key])
+        return size
+
+    def vector_bytes(self, chosen: Chosen) -> float:
+        key = f"{MODEL}:vectors"
+        size = self._vector_bytes[str(chosen[key])] if key in chosen else next(iter(self._vector_bytes.values()))
+        kept = 0.0
+        for count, groups in self._vectors:
+            share = 1.0
+            for group in groups:
+                share *= float(chosen.get(f"{group}:channels", 1.0))
+            kept += count * share
+        return size * kept / self._vector_total
+
+    def predict(self, chosen: Chosen) -> float:
+        """Bytes of the file of this recipe, before any training."""
+        layers = sum(self.layer_bytes(name, chosen) for name in self.layers)
+        return self.header_bytes + self.vector_bytes(chosen) + layers
+
+    def affected_bytes(self, key: str, chosen: Chosen) -> float:
+        """The part of `predict` that the choice of `key` can change."""
+        size = sum(self.layer_bytes(name, chosen) for name in self.touches[key])
+        if key.endswith(":channels") or key == f"{MODEL}:vectors":
+            size += self.vector_bytes(chosen)
+        return size
+
+    def default(self) -> dict[str, Choice]:
+        """The lightest recipe of the space."""
+        return {d.key: d.default if d.default in d.choices else d.choices[0] for d in self.space}
+
+    def smallest_bytes(self) -> float:
+        """About the smallest file that the space can reach: every dimension at its cheapest choice."""
+        chosen = self.default()
+        for _ in range(2):
+            for d in self.space:
+                chosen[d.key] = min(d.choices, key=lambda c, k=d.key: self.affected_bytes(k, {**chosen, k: c}))  # type: ignore[misc]
+        return self.predict(chosen)

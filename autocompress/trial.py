@@ -1,0 +1,166 @@
+"""A trial: recipe + parent -> fine-tune -> write the file -> read it back -> measure."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+import autocompress.techniques  # noqa: F401  (registers the techniques)
+from autocompress.anatomy import Anatomy, read_anatomy
+from autocompress.artifact import pack, read_artifact, unpack, write_file
+from autocompress.compression import Candidate
+from autocompress.probing import Prober, layer_bytes, vector_bytes, wanted_choices
+from autocompress.rate import RateModel
+from autocompress.recipe import Choice, Recipe
+from autocompress.space import BoundSpace
+from autocompress.task import Task, batch_size, measure, to_device
+from autocompress.training import fine_tune
+
+ARTIFACT, CHECKPOINT, RECIPE, METRICS = "model.acz", "checkpoint.safetensors", "recipe.json", "metrics.json"
+_CALIBRATION = 256
+"""Samples on which choices are probed."""
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What a worker is told: which candidate, from whose weights, for how long."""
+
+    number: int
+    recipe: dict[str, dict[str, Choice]]
+    parent: int | None = None
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A finished epoch: accuracy on the validation split of the candidate as it stands."""
+
+    epoch: int
+    epochs: int
+    val_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """size_bytes: bytes of the file on disk. val_accuracy: of the model decoded from that file.
+
+    estimated_bytes: of the rate model on the fine-tuned weights, before packing. effects: rise of the
+    output distance by each neighbouring choice, probed at the fine-tuned weights.
+    """
+
+    size_bytes: int
+    val_accuracy: float
+    estimated_bytes: float
+    seconds: float
+    effects: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def calibration_batches(task: Task, device: torch.device) -> list[Any]:
+    """The first training batches, up to 256 samples."""
+    seed_everything(0)
+    batches, count = [], 0
+    for batch in task.batches("train"):
+        batches.append(to_device(batch, device))
+        count += batch_size(batch)
+        if count >= _CALIBRATION:
+            break
+    return batches
+
+
+class Workshop:
+    """What a worker keeps between trials: the original model, its anatomy, the calibration batches.
+
+    folder: the run folder; trials write into `folder/trials/<number>/` and nowhere else.
+    """
+
+    def __init__(self, task: Task, original: nn.Module, space: BoundSpace, folder: Path, seed: int, device: str = "cpu") -> None:
+        self.task, self.space, self.folder, self.seed = task, space, folder, seed
+        self.device = torch.device(device)
+        self.original = original.to(self.device).eval()
+        self.calibration = calibration_batches(task, self.device)
+        self.anatomy: Anatomy = read_anatomy(self.original, self.run_once)
+        self._prober: Prober | None = None
+
+    def run_once(self, model: nn.Module) -> Any:
+        """Run a model on one calibration batch."""
+        return self.task.run(model, self.calibration[0])[0]
+
+    @property
+    def prober(self) -> Prober:
+        if self._prober is None:
+            self._prober = Prober(self.task, self.original, self.calibration)
+        return self._prober
+
+    def trial_folder(self, number: int) -> Path:
+        return self.folder / "trials" / str(number)
+
+    def base_profile(self) -> dict[str, Any]:
+        """Effects and bytes of every single choice on the original model, as plain data."""
+        candidate = Candidate(self.original, self.anatomy, Recipe(), self.run_once)
+        vectors, header = vector_bytes(candidate, self.space)
+        return {
+            "effects": self.prober.effects(candidate, wanted_choices(self.space)),
+            "layer_bytes": layer_bytes(candidate, self.space),
+            "vector_bytes": vectors,
+            "header_bytes": header,
+        }
+
+    def run(self, spec: TrialSpec) -> Iterator[Rung | TrialResult]:
+        """Yields a Rung after each epoch and the TrialResult at last; raises whatever goes wrong."""
+        began = time.monotonic()
+        seed_everything(self.seed * 1_000_003 + spec.number)
+        folder = self.trial_folder(spec.number)
+        recipe = Recipe.from_json(spec.recipe)
+        write_file(folder / RECIPE, json.dumps(spec.recipe, indent=1).encode())
+        state, start = None, None
+        if spec.parent is not None:
+            parent = self.trial_folder(spec.parent)
+            state = load_file(parent / CHECKPOINT, device=str(self.device))
+            parent_recipe = Recipe.from_json(json.loads((parent / RECIPE).read_text()))
+            start = {site: float(share) for site, share in parent_recipe.dimension("sparsity").items()}
+        candidate = Candidate(self.original, self.anatomy, recipe, self.run_once, state)
+        rate = RateModel(candidate)
+        epochs = self.task.epochs if spec.epochs is None else spec.epochs
+        for epoch in fine_tune(self.task, candidate, self.original, epochs, start):
+            if epoch == max(1, epochs - 1):
+                rate.calibrate()
+            halfway = epoch == (epochs + 1) // 2 and epoch < epochs
+            yield Rung(epoch, epochs, measure(self.task, candidate.model, "val") if halfway else None)
+        rate.refresh()
+        estimate = rate.bytes()
+        path = folder / ARTIFACT
+        write_file(path, pack(candidate.weights(), recipe))
+        decoded = unpack(read_artifact(path), self.task.build()).to(self.device)
+        accuracy = measure(self.task, decoded, "val")
+        write_file(folder / CHECKPOINT, save(candidate.state()))
+        effects = self.prober.effects(candidate, self._neighbours(recipe))
+        result = TrialResult(path.stat().st_size, accuracy, estimate, time.monotonic() - began, effects)
+        shown = {key: value for key, value in asdict(result).items() if key != "effects"}
+        write_file(folder / METRICS, json.dumps({**shown, "parent": spec.parent}, indent=1).encode())
+        yield result
+
+    def _neighbours(self, recipe: Recipe) -> dict[str, list[Choice]]:
+        """The next heavier choice of each dimension that changes bytes."""
+        present = self.space.complete(recipe)
+        out = {}
+        for dimension in self.space:
+            if dimension.name in ("weights", "sparsity", "channels"):
+                at = dimension.choices.index(present[dimension.key]) if present[dimension.key] in dimension.choices else -1
+                out[dimension.key] = list(dimension.choices[at + 1 : at + 2])
+        return {key: choices for key, choices in out.items() if choices}
