@@ -1,0 +1,32 @@
+"""autocompress: give it a trained PyTorch model, data and a budget; it returns the Pareto front of size
+versus accuracy, as files that can be shipped.
+"""
+
+from autocompress import techniques as techniques
+from autocompress.artifact import Artifact, load, read_artifact
+from autocompress.errors import AutocompressError
+from autocompress.evaluate import Evaluation, evaluate
+from autocompress.front import FrontPoint, ParetoFront
+from autocompress.recipe import Recipe
+from autocompress.search.controller import Progress, resume, search
+from autocompress.space import SearchSpace
+from autocompress.task import Task
+from autocompress.version import __version__
+
+__all__ = [
+    "Artifact",
+    "AutocompressError",
+    "Evaluation",
+    "FrontPoint",
+    "ParetoFront",
+    "Progress",
+    "Recipe",
+    "SearchSpace",
+    "Task",
+    "__version__",
+    "evaluate",
+    "load",
+    "read_artifact",
+    "resume",
+    "search",
+]

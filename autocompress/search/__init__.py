@@ -1,0 +1,1 @@
+"""The search: controller, sampler, planner, profile, study, scheduler and engine."""

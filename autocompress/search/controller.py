@@ -1,0 +1,394 @@
+"""The search: sets up a run, feeds the engine, keeps the front."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+import autocompress.techniques  # noqa: F401  (registers the techniques)
+from autocompress.artifact import load, write_file
+from autocompress.errors import AutocompressError, RunError, TargetError, TaskError
+from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
+from autocompress.search import engine
+from autocompress.search.profile import Profile
+from autocompress.search.run_folder import (
+    BASE, LOG, PROFILE, create_run, existing_run, read_config, write_config,
+)  # fmt: skip
+from autocompress.search.samplers import check_sampler, make_sampler
+from autocompress.search.scheduler import is_dominated
+from autocompress.search.study import SearchStudy
+from autocompress.sizes import format_size, parse_size
+from autocompress.space import BoundSpace, SearchSpace
+from autocompress.surgery import assign, tensors
+from autocompress.task import Task, check_task, load_task, measure
+from autocompress.trial import ARTIFACT, CHECKPOINT, RECIPE, Rung, TrialResult, TrialSpec, Workshop, seed_everything
+
+Sampler = Literal["frontier", "tpe", "nsga2", "random"]
+MAX_FRUITLESS = 3
+"""Tune runs in a row that may end without a finished trial before the search gives up."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a listener is told: after every step of a search."""
+
+    phase: str
+    folder: Path
+    done: int = 0
+    failed: int = 0
+    budget: int = 0
+    seconds: float = 0.0
+    base: Base | None = None
+    points: tuple[tuple[int, float], ...] = ()
+
+
+Listener = Callable[[Progress], object]
+
+
+def search(
+    task: Task | str,
+    budget: int = 50,
+    space: SearchSpace | str | Path = "default",
+    *,
+    seed: int = 0,
+    run: str | Path | None = None,
+    workers: int | None = None,
+    sampler: Sampler = "frontier",
+    max_size: str | int | None = None,
+    min_accuracy: float | None = None,
+    listener: Listener | None = None,
+) -> ParetoFront:
+    """Search the joint space of `task` with `budget` trials and return the front of size and accuracy.
+
+    run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a time;
+    by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
+    validation accuracy; both focus the search. The same seed with one worker gives the same front.
+
+    Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
+    """
+    given = load_task(task) if isinstance(task, str) else task
+    _check_budget(budget, workers, min_accuracy)
+    check_sampler(sampler)
+    limit = None if max_size is None else parse_size(max_size)
+    rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
+    settings = {
+        "task": given.name,
+        "budget": budget,
+        "seed": seed,
+        "workers": workers,
+        "sampler": sampler,
+        "max_size_bytes": limit,
+        "min_accuracy": min_accuracy,
+    }
+    folder = create_run(run, given.name)
+    try:
+        controller = Controller(folder, given, rules, settings, listener, named=isinstance(task, str))
+        write_config(folder, rules, settings)
+    except BaseException:
+        if not (folder / "study.journal").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return controller.run()
+
+
+def resume(
+    run: str | Path, *, task: Task | None = None, budget: int | None = None, workers: int | None = None,
+    listener: Listener | None = None,
+) -> ParetoFront:  # fmt: skip
+    """Go on with a run after a crash, a kill, or with a larger `budget`; finished trials are kept.
+
+    task: needed when the run was started with a Task object instead of a name.
+    """
+    folder = existing_run(run)
+    rules, settings = read_config(folder)
+    if task is None and settings["task"] == "custom":
+        raise RunError(f"run {str(folder)!r} was started with a Task object: pass task= to resume it")
+    given = task or load_task(settings["task"])
+    settings["budget"] = budget or settings["budget"]
+    settings["workers"] = workers or settings["workers"]
+    _check_budget(settings["budget"], settings["workers"], settings["min_accuracy"])
+    return Controller(folder, given, rules, settings, listener, named=task is None).run()
+
+
+def _check_budget(budget: int, workers: int | None, min_accuracy: float | None) -> None:
+    if budget < 1:
+        raise TargetError(f"budget {budget} is not enough: give at least 1 trial")
+    if workers is not None and workers < 1:
+        raise TargetError(f"workers {workers} is not enough: give at least 1")
+    if min_accuracy is not None and not math.isfinite(min_accuracy):
+        raise TargetError(f"minimum accuracy {min_accuracy} is not a number")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class WorkerPlan:
+    """Makes a worker's Workshop in another process; pickled once."""
+
+    task: Task | str
+    model: bytes
+    space: BoundSpace
+    folder: str
+    seed: int
+    device: str
+
+    def __call__(self) -> Workshop:
+        import cloudpickle
+
+        task = load_task(self.task) if isinstance(self.task, str) else self.task
+        return Workshop(task, cloudpickle.loads(self.model), self.space, Path(self.folder), self.seed, self.device)
+
+
+class Controller:
+    """One run. Implements the engine's Supply; knows studies and files, but no layer of torch."""
+
+    def __init__(
+        self, folder: Path, task: Task, rules: SearchSpace, settings: dict[str, Any], listener: Listener | None,
+        named: bool,
+    ) -> None:  # fmt: skip
+        self.folder, self.task, self.rules, self.settings = folder, task, rules, settings
+        self.listener = listener
+        self.named = named
+        self.seed = int(settings["seed"])
+        self.budget = int(settings["budget"])
+        self.began = time.monotonic()
+        self.study: SearchStudy | None = None
+        self.log = _open_log(folder)
+        self.base: Base | None = None
+        self._tell("loading the model")
+        self.original = self._original()
+        check_task(task, self.original)
+        path = folder / BASE
+        self.base = Base(path.stat().st_size, measure(task, self.original, "val"), measure(task, self.original, "test"))
+        self._check_accuracy_target()
+        self._tell("reading the model")
+        probe = Workshop(task, self.original, BoundSpace(()), folder, self.seed, _device())
+        self.space = rules.bind(probe.anatomy)
+        self.workshop = Workshop(task, self.original, self.space, folder, self.seed, _device())
+        for site, reason in self.workshop.anatomy.left_alone.items():
+            self.log.info("left alone: %s: %s", site, reason)
+        self._tell("profiling every choice")
+        self.profile = self._profile()
+        limit = settings["max_size_bytes"]
+        if limit is not None and limit < 0.5 * self.profile.smallest_bytes():
+            smallest = self.profile.smallest_bytes()
+            raise TargetError(
+                f"no file of {format_size(limit)} can be reached in space {rules.name!r}: the smallest is about "
+                f"{format_size(smallest)}; raise max size or widen the space"
+            )
+
+    def _check_accuracy_target(self) -> None:
+        wanted = self.settings["min_accuracy"]
+        assert self.base is not None
+        if wanted is not None and wanted > self.base.val_accuracy + 0.1 * abs(self.base.val_accuracy):
+            raise TargetError(
+                f"minimum accuracy {wanted:g} cannot be reached: the original model has "
+                f"{self.base.val_accuracy:.4f} on the validation split"
+            )
+
+    # ------------------------------------------------------------ set-up
+
+    def _original(self) -> nn.Module:
+        """The trained model; trained now when the task can and the run folder has no weights yet."""
+        seed_everything(self.seed)
+        model = self.task.build()
+        path = self.folder / BASE
+        if path.is_file():
+            assign(model, load_file(path))
+            return model
+        if self.task.pretrain is not None:
+            self._tell("training the original model")
+            self.task.pretrain(model)
+        model.eval()
+        write_file(path, save({key: value.cpu().contiguous().clone() for key, value in tensors(model).items()}))
+        return model
+
+    def _profile(self) -> Profile:
+        path = self.folder / PROFILE
+        if not path.is_file():
+            write_file(path, json.dumps(self.workshop.base_profile()).encode())
+        return Profile(self.space, self.workshop.anatomy, json.loads(path.read_text()))
+
+    # ------------------------------------------------------------ the search
+
+    def run(self) -> ParetoFront:
+        assert self.base is not None
+        sampler = make_sampler(
+            self.settings["sampler"], self.profile, self.budget, self.base.val_accuracy, self.seed,
+            self.settings["max_size_bytes"], self.settings["min_accuracy"],
+        )  # fmt: skip
+        self.study = SearchStudy(self.folder, self.space, self.budget, sampler)
+        try:
+            self.study.recover()
+            if self.study.remaining() > 0:
+                self._tell("starting Ray")
+                self._run_engine()
+            return self._finish()
+        finally:
+            self.study.close()
+
+    def _run_engine(self) -> None:
+        import cloudpickle
+
+        assert self.study is not None
+        gpus = torch.cuda.device_count() if _device() == "cuda" else 0
+        workers = self.settings["workers"] or (gpus or min(os.cpu_count() or 1, 8))
+        model = cloudpickle.dumps(self.original.cpu())
+        plan = WorkerPlan(
+            self.task.name if self.named else self.task, model, self.space, str(self.folder.resolve()), self.seed, _device()
+        )  # fmt: skip
+        try:
+            payload = cloudpickle.dumps(plan)
+        except Exception as error:
+            raise TaskError(
+                f"task {self.task.name!r} cannot be sent to workers ({error}); name it as package.module:function instead"
+            ) from error
+        ray_folder = engine.start_ray(workers)
+        try:
+            fruitless = 0
+            while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS:
+                before = len(self.study.complete())
+                scratch = Path(tempfile.mkdtemp(dir=ray_folder))
+                engine.run_trials(payload, self, remaining, min(workers, remaining), gpus / workers if gpus else 0, scratch)
+                self._fail_lost()
+                fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
+        finally:
+            engine.stop_ray(ray_folder)
+
+    def _fail_lost(self) -> None:
+        """Trials of a Tune run that ended early: their worker is gone."""
+        from optuna.trial import TrialState
+
+        assert self.study is not None
+        for trial in self.study.trials(TrialState.RUNNING):
+            self.failed(trial.number, "the worker was lost: killed, or out of memory")
+
+    # ------------------------------------------------------------ Supply
+
+    def next(self) -> TrialSpec | None:
+        assert self.study is not None
+        spec = self.study.ask()
+        if spec is not None:
+            self.log.info("trial %d: starts from %s", spec.number, "the original" if spec.parent is None else spec.parent)
+            self._tell("searching")
+        return spec
+
+    def rung(self, number: int, rung: Rung) -> bool:
+        assert self.study is not None
+        self.study.rung(number, rung)
+        return is_dominated(self.study, number, rung)
+
+    def finished(self, number: int, result: TrialResult) -> None:
+        assert self.study is not None
+        self.study.tell(number, result)
+        self.log.info("trial %d: %d bytes, validation accuracy %.4f", number, result.size_bytes, result.val_accuracy)
+        self._drop_checkpoints()
+        self._write_front(self._front(final=False))
+        self._tell("searching")
+
+    def stopped(self, number: int) -> None:
+        assert self.study is not None
+        self.study.prune(number)
+        self.log.info("trial %d: stopped at its rung, clearly dominated", number)
+        self._tell("searching")
+
+    def failed(self, number: int, reason: str) -> None:
+        assert self.study is not None
+        self.study.fail(number, reason)
+        write_file(self.workshop.trial_folder(number) / "error.txt", reason.encode())
+        self.log.warning("trial %d failed: %s", number, reason.strip().splitlines()[-1])
+        self._tell("searching")
+
+    # ------------------------------------------------------------ results
+
+    def _drop_checkpoints(self) -> None:
+        """Keep the weights of trials that may still be a parent: those near the front."""
+        from optuna.trial import TrialState
+
+        assert self.study is not None
+        done = self.study.complete()
+        running = {t.user_attrs.get("parent") for t in self.study.trials(TrialState.RUNNING)}
+        for trial in done:
+            size, accuracy = trial.values
+            beaten = any(o.values[0] <= size and o.values[1] > accuracy + 0.02 for o in done)
+            if beaten and trial.number not in running:
+                (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
+                (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
+
+    def _front(self, final: bool) -> ParetoFront:
+        """The front as it stands; `final` measures the test split, once, on the decoded files."""
+        assert self.study is not None
+        assert self.base is not None
+        done = self.study.complete()
+        points = []
+        for i in non_dominated([(t.values[0], t.values[1]) for t in done]):
+            trial = done[i]
+            artifact = f"trials/{trial.number}/{ARTIFACT}"
+            path = self.folder / artifact
+            test = measure(self.task, load(path, self.task.build), "test") if final else None
+            points.append(
+                FrontPoint(
+                    trial.number, path.stat().st_size, trial.values[1], test, artifact,
+                    json.loads((self.workshop.trial_folder(trial.number) / RECIPE).read_text()),
+                    trial.user_attrs.get("parent"), round(float(trial.user_attrs["seconds"]), 3), self.folder,
+                )
+            )  # fmt: skip
+        return ParetoFront(self.task.name, self.rules.name, self.seed, self.base, tuple(points), self.folder)
+
+    def _write_front(self, front: ParetoFront) -> None:
+        write_file(self.folder / FRONT_FILE, (json.dumps(front.to_json(), indent=1) + "\n").encode())
+
+    def _finish(self) -> ParetoFront:
+        assert self.study is not None
+        if not self.study.complete():
+            failed = [t for t in self.study.trials() if t.user_attrs.get("error")]
+            last = failed[-1].user_attrs["error"].strip().splitlines()[-1] if failed else "no trial finished"
+            raise RunError(f"every trial of run {str(self.folder)!r} failed; the last one said: {last}")
+        self._tell("measuring the front on the test split")
+        front = self._front(final=True)
+        self._write_front(front)
+        for suffix in ("png", "svg"):
+            front.plot(self.folder / f"front.{suffix}")
+        self._tell("done")
+        self.log.info("done: %d points on the front", len(front))
+        return front
+
+    def _tell(self, phase: str) -> None:
+        if self.listener is None:
+            return
+        done = failed = 0
+        points: tuple[tuple[int, float], ...] = ()
+        if self.study is not None:
+            done = self.study.finished()
+            complete = self.study.complete()
+            failed = sum(1 for t in self.study.trials() if t.user_attrs.get("error"))
+            points = tuple((int(t.values[0]), float(t.values[1])) for t in complete)
+        self.listener(Progress(phase, self.folder, done, failed, self.budget, time.monotonic() - self.began, self.base, points))
+
+
+def _open_log(folder: Path) -> logging.Logger:
+    log = logging.getLogger("autocompress")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(folder / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    return log

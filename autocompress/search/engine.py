@@ -1,0 +1,111 @@
+"""Ray Tune runs the trials: placement, transport, restarts. What to run is the study's to say.
+
+One `fit()` is never trusted with the whole search: whatever ends it early (a killed worker, a lost
+node) is an event after which the controller starts a new one for what remains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Protocol
+
+from autocompress.errors import RunError
+from autocompress.trial import Rung, TrialResult, TrialSpec
+
+_SILENCE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+}
+LOOPBACK = "127.0.0.2"
+"""Ray rewrites 127.0.0.1 to the host's own address; this one stays on loopback."""
+
+
+class Supply(Protocol):
+    """What an engine needs of the controller. Called from one thread."""
+
+    def next(self) -> TrialSpec | None:
+        """The next trial, or None when the budget is spent."""
+
+    def rung(self, number: int, rung: Rung) -> bool:
+        """Take note of a rung; True when the trial should stop here."""
+
+    def finished(self, number: int, result: TrialResult) -> None: ...
+
+    def stopped(self, number: int) -> None: ...
+
+    def failed(self, number: int, reason: str) -> None: ...
+
+
+def start_ray(workers: int) -> Path:
+    """A private Ray on loopback, silent; returns its temporary folder for `stop_ray`."""
+    os.environ.update(_SILENCE)
+    folder = Path(tempfile.mkdtemp(prefix="acz-", dir="/tmp" if Path("/tmp").is_dir() else None))
+    token = folder / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    import ray
+
+    try:
+        ray.init(
+            address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.ERROR, _node_ip_address=LOOPBACK, _temp_dir=str(folder / "ray"),
+            object_store_memory=256 * 2**20,
+        )  # fmt: skip
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(f"Ray did not start: {error}") from error
+    return folder
+
+
+def stop_ray(folder: Path) -> None:
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpus: float, scratch: Path) -> None:
+    """One Tune run of up to `remaining` trials, `workers` at a time; returns when it ends, however.
+
+    payload: cloudpickle of a function that makes a worker's `Workshop`.
+    """
+    from ray import tune
+
+    from autocompress.search.tuning import Proposals, Rungs, TrialWorker
+
+    numbers: dict[str, int] = {}
+    trainable = tune.with_resources(
+        tune.with_parameters(TrialWorker, payload=payload), {"cpu": 1, **({"gpu": gpus} if gpus else {})}
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=Proposals(supply, numbers), scheduler=Rungs(supply, numbers), num_samples=remaining,
+            max_concurrent_trials=workers, reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(scratch), verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )  # fmt: skip
+    try:
+        tuner.fit()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except Exception:
+        logging.getLogger("autocompress").warning("a Tune run ended early:\n%s", traceback.format_exc())
+

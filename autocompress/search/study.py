@@ -1,0 +1,125 @@
+"""The study: Optuna's journal in the run folder is the single source of truth of a search."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from autocompress.errors import RunError
+from autocompress.space import BoundSpace
+from autocompress.trial import Rung, TrialResult, TrialSpec
+
+STUDY_NAME = "autocompress"
+JOURNAL, LOCK = "study.journal", ".lock"
+
+
+class SearchStudy:
+    """Asks for candidates, is told results, counts the budget, recovers what a crash left behind.
+
+    Two objectives: bytes of the file (minimised) and validation accuracy (maximised). One process may
+    hold a study at a time; a second one gets a RunError.
+    """
+
+    def __init__(self, folder: Path, space: BoundSpace, budget: int, sampler: BaseSampler | None = None) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.space, self.budget = space, budget
+        self._lock = (folder / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"run {str(folder)!r} is in use by another process: wait for it or stop it") from None
+        self.study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))), study_name=STUDY_NAME,
+            directions=["minimize", "maximize"], sampler=sampler, load_if_exists=True,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.study.set_metric_names(["size_bytes", "val_accuracy"])
+        self._distributions = {d.key: CategoricalDistribution(d.choices) for d in space}
+
+    def close(self) -> None:
+        self._lock.close()
+
+    # ------------------------------------------------------------ counting
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def complete(self) -> list[FrozenTrial]:
+        return self.trials(TrialState.COMPLETE)
+
+    def finished(self) -> int:
+        """Trials that count against the budget: orphans of a crash are run again and do not."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        return sum(1 for t in self.trials(*states) if not t.user_attrs.get("orphan"))
+
+    def remaining(self) -> int:
+        """Trials still to be asked for."""
+        return self.budget - self.finished() - len(self.trials(TrialState.RUNNING))
+
+    # ------------------------------------------------------------ ask and tell
+
+    def ask(self) -> TrialSpec | None:
+        """The next candidate, or None when the budget is spent."""
+        if self.remaining() <= 0:
+            return None
+        trial = self.study.ask(self._distributions)
+        recipe = self.space.recipe(trial.params)
+        parent = trial.user_attrs.get("parent")
+        return TrialSpec(trial.number, recipe.to_json(), parent)
+
+    def tell(self, number: int, result: TrialResult) -> None:
+        """Record a finished trial; telling twice is the same as once."""
+        if self._open(number):
+            values = {key: value for key, value in asdict(result).items() if key not in ("size_bytes", "val_accuracy")}
+            self._note(number, values)
+            self.study.tell(number, [result.size_bytes, result.val_accuracy])
+
+    def rung(self, number: int, rung: Rung) -> None:
+        if rung.val_accuracy is not None and self._open(number):
+            self._note(number, {f"rung_{rung.epoch}": rung.val_accuracy})
+
+    def prune(self, number: int) -> None:
+        if self._open(number):
+            self.study.tell(number, state=TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str) -> None:
+        if self._open(number):
+            self._note(number, {"error": reason[-4000:]})
+            self.study.tell(number, state=TrialState.FAIL)
+
+    def recover(self) -> int:
+        """Fail the trials that a dead process left running and put them in the queue again."""
+        orphans = self.trials(TrialState.RUNNING)
+        for trial in orphans:
+            keep = {k: v for k, v in trial.user_attrs.items() if k in ("parent", "target_bytes", "predicted_bytes")}
+            self._note(trial.number, {"orphan": True})
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            self.study.enqueue_trial(dict(trial.params), user_attrs=keep)
+        return len(orphans)
+
+    def get(self, number: int) -> FrozenTrial:
+        return self.trials()[number]
+
+    def _open(self, number: int) -> bool:
+        return self.get(number).state == TrialState.RUNNING
+
+    def _note(self, number: int, attributes: Mapping[str, Any]) -> None:
+        storage, trial_id = self.study._storage, self.get(number)._trial_id
+        for key, value in attributes.items():
+            storage.set_trial_user_attr(trial_id, key, value)
+
+
+logging.getLogger("optuna").setLevel(logging.ERROR)

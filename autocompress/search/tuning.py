@@ -1,0 +1,121 @@
+"""What Ray Tune is given: where candidates come from, who stops them, who runs them.
+
+Kept apart from `engine.py` because it imports ray, which the command line does not need for its help.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from autocompress.search.engine import Supply
+from autocompress.trial import Rung, TrialResult, TrialSpec
+
+
+class Proposals(Searcher):  # type: ignore[misc]
+    """Tune's view of the supply; pickles nothing of it. numbers: Tune's trial id -> trial number."""
+
+    def __init__(self, supply: Supply, numbers: dict[str, int]) -> None:
+        super().__init__()
+        self._supply, self._numbers = supply, numbers
+
+    def suggest(self, trial_id: str) -> Any:
+        spec = self._supply.next()
+        if spec is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = spec.number
+        return {"spec": json.dumps(asdict(spec))}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Rungs are the scheduler's."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._numbers.pop(trial_id, None)
+        if number is None:
+            return
+        event = json.loads((result or {}).get("event", "{}"))
+        if error or not event:
+            self._supply.failed(number, "the worker died: killed, or out of memory")
+        elif event["kind"] == "result":
+            self._supply.finished(number, TrialResult(**event["value"]))
+        elif event["kind"] == "error":
+            self._supply.failed(number, event["value"])
+        else:
+            self._supply.stopped(number)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study in the run folder is the state of the search."""
+        Path(checkpoint_path).write_text("{}")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never used: a crash is answered with a new Tune run."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Rungs(FIFOScheduler):  # type: ignore[misc]
+    """Stops what the controller calls dominated."""
+
+    def __init__(self, supply: Supply, numbers: dict[str, int]) -> None:
+        super().__init__()
+        self._supply, self._numbers = supply, numbers
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        event = json.loads(result["event"])
+        number = self._numbers.get(trial.trial_id)
+        if event["kind"] == "rung" and number is not None and self._supply.rung(number, Rung(**event["value"])):
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class TrialWorker(tune.Trainable):  # type: ignore[misc]
+    """Runs one trial after another in one process; nothing of a trial outlives it."""
+
+    def setup(self, config: dict[str, Any], payload: bytes = b"") -> None:
+        self._workshop: Any = None
+        self._broken = ""
+        try:
+            import cloudpickle
+            import torch
+
+            torch.set_num_threads(1)
+            self._workshop = cloudpickle.loads(payload)()
+        except Exception:
+            self._broken = traceback.format_exc()
+        self._begin(config)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        spec = TrialSpec(**json.loads(config["spec"]))
+        self._events: Iterator[Rung | TrialResult] = iter(()) if self._broken else self._workshop.run(spec)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if self._broken:
+            return {"event": json.dumps({"kind": "error", "value": self._broken}), "done": True}
+        try:
+            event = next(self._events)
+        except Exception:
+            return {"event": json.dumps({"kind": "error", "value": traceback.format_exc()}), "done": True}
+        done = isinstance(event, TrialResult)
+        return {"event": json.dumps({"kind": "result" if done else "rung", "value": asdict(event)}), "done": done}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: a trial that is interrupted is run again."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Never used."""
