@@ -27,7 +27,7 @@ from autocompress.task import Task, batch_size, measure, to_device
 from autocompress.training import fine_tune
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = "model.acz", "checkpoint.safetensors", "recipe.json", "metrics.json"
-_CALIBRATION = 256
+_CALIBRATION = 192
 """Samples on which choices are probed."""
 
 

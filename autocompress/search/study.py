@@ -77,7 +77,7 @@ class SearchStudy:
             return None
         trial = self.study.ask(self._distributions)
         recipe = self.space.recipe(trial.params)
-        parent = trial.user_attrs.get("parent")
+        parent = self.get(trial.number).user_attrs.get("parent")
         return TrialSpec(trial.number, recipe.to_json(), parent)
 
     def tell(self, number: int, result: TrialResult) -> None:

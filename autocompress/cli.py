@@ -1,0 +1,322 @@
+"""The command line. Every error of the user's is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from autocompress.errors import AutocompressError, RunError, TargetError
+from autocompress.version import __version__
+
+app = typer.Typer(
+    name="autocompress",
+    help="Compress a trained PyTorch model: search pruning, bit widths, activations and precision together, "
+    "and get the Pareto front of file size versus accuracy.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+TaskOption = Annotated[
+    str, typer.Option("--task", "-t", help="Built-in task ('digits') or your own as package.module:function.")
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+MaxSize = Annotated[
+    str | None,
+    typer.Option("--max-size", help="Largest file: bytes, or with a unit: 20KB (1 KB = 1000 bytes), 1.5MB, 16KiB, 2MiB."),
+]
+MinAccuracy = Annotated[float | None, typer.Option("--min-accuracy", help="Lowest validation accuracy, like 0.95.")]
+
+
+def print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        sys.stdout.write(f"autocompress {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def search(
+    task: TaskOption = "digits",
+    space: Annotated[
+        str, typer.Option(help="Search space: a name that 'autocompress spaces' lists, or a .yaml file.")
+    ] = "default",
+    budget: Annotated[int, typer.Option("--budget", "-b", help="Number of trials.")] = 50,
+    seed: Annotated[int, typer.Option(help="Same seed and one worker: same front.")] = 0,
+    run: Annotated[
+        str | None, typer.Option(help="Name (under runs/) or path of the run folder; new and numbered by default.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Trials at a time; by default one per GPU, else one per CPU core.")
+    ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="Who proposes candidates: frontier (ours), tpe, nsga2 or random.")
+    ] = "frontier",
+    max_size: MaxSize = None,
+    min_accuracy: MinAccuracy = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on with this run (name or path) after a crash or a stop; its own settings apply."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the run folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search for the front of size versus accuracy and write its files into a run folder."""
+    from autocompress.report.live import LiveView
+    from autocompress.search import controller
+
+    view = None if quiet or as_json else LiveView(err)
+    try:
+        if view:
+            view.__enter__()
+        try:
+            if resume is not None:
+                front = controller.resume(resume, workers=workers, listener=view)
+            else:
+                front = controller.search(
+                    task, budget, space, seed=seed, run=run, workers=workers, sampler=sampler,  # type: ignore[arg-type]
+                    max_size=max_size, min_accuracy=min_accuracy, listener=view,
+                )  # fmt: skip
+        finally:
+            if view:
+                view.__exit__(None, None, None)
+    except KeyboardInterrupt:
+        err.print("stopped; finished trials are kept: go on with autocompress search --resume RUN", style="yellow")
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json({"run": str(front.folder), **front.to_json()})
+    elif quiet:
+        sys.stdout.write(f"{front.folder}\n")
+    else:
+        out.print(front.table())
+        out.print(f"run folder: {front.folder}\npicture:    {front.folder / 'front.png'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def show(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_FILE", help="A run, or an .acz file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show the front of a run, or what is inside an .acz file: layers, bits per weight, bytes."""
+    if Path(path).is_file():
+        _show_artifact(Path(path), as_json)
+        return
+    front = _front(path)
+    if as_json:
+        print_json(front.to_json())
+    else:
+        out.print(front.table())
+
+
+def _show_artifact(path: Path, as_json: bool) -> None:
+    from autocompress import read_artifact
+    from autocompress.anatomy import layer_name
+
+    artifact = read_artifact(path)
+    recipe = artifact.recipe.to_json()
+    if as_json:
+        tensors = {
+            name: {"shape": list(t.value.shape), "choice": t.choice, "size_bytes": t.size_bytes}
+            for name, t in artifact.tensors.items()
+        }
+        print_json({"size_bytes": artifact.size_bytes, "header_bytes": artifact.header_bytes, "recipe": recipe, "tensors": tensors})
+        return
+    table = Table(title=f"{path}: {artifact.size_bytes:,} bytes", title_justify="left")
+    for name in ("tensor", "shape", "stored as", "zeros", "bytes", "bits/weight", "share"):
+        table.add_column(name, justify="left" if name in ("tensor", "shape", "stored as") else "right", no_wrap=True)
+    rest = 0
+    for name, tensor in artifact.tensors.items():
+        count = tensor.value.numel()
+        if tensor.value.ndim < 2:
+            rest += tensor.size_bytes
+            continue
+        zeros = 100 * (1 - int(tensor.value.count_nonzero()) / max(count, 1))
+        bar = "█" * math.ceil(20 * tensor.size_bytes / artifact.size_bytes)
+        shape = " x ".join(map(str, tensor.value.shape))
+        table.add_row(
+            layer_name(name), shape, str(tensor.choice), f"{zeros:.0f}%", f"{tensor.size_bytes:,}",
+            f"{8 * tensor.size_bytes / max(count, 1):.2f}", bar,
+        )  # fmt: skip
+    table.add_row("biases, norms, buffers", "", str(recipe.get("model", {}).get("vectors", "float32")), "", f"{rest:,}", "",
+                  "█" * math.ceil(20 * rest / artifact.size_bytes))  # fmt: skip
+    table.add_row("header: names, shapes, recipe", "", "", "", f"{artifact.header_bytes:,}", "",
+                  "█" * math.ceil(20 * artifact.header_bytes / artifact.size_bytes))  # fmt: skip
+    out.print(table)
+
+
+def _front(run: str) -> Any:
+    from autocompress.front import FRONT_FILE, ParetoFront
+    from autocompress.search.run_folder import existing_run
+
+    folder = existing_run(run)
+    if not (folder / FRONT_FILE).is_file():
+        raise RunError(f"run {str(folder)!r} has no finished trial yet: go on with it by --resume {folder}")
+    return ParetoFront.read(folder)
+
+
+@app.command()
+def plot(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf; RUN/front.png by default.")
+    ] = None,
+) -> None:
+    """Draw the front of a run."""
+    front = _front(run)
+    try:
+        sys.stdout.write(f"{front.plot(output or front.folder / 'front.png')}\n")
+    except OSError as error:
+        raise TargetError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
+
+
+@app.command()
+def pick(
+    run: RunArgument,
+    max_size: MaxSize = None,
+    min_accuracy: MinAccuracy = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Copy the chosen file here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose one file of a run: the best within --max-size, the smallest above --min-accuracy, or the knee."""
+    from autocompress.artifact import write_file
+
+    front = _front(run)
+    constrained = max_size is not None or min_accuracy is not None
+    point = front.best(max_size=max_size, min_accuracy=min_accuracy) if constrained else front.knee()
+    path = point.path
+    if output is not None:
+        write_file(output, path.read_bytes())
+        path = output
+    if as_json:
+        print_json({"file": str(path), **{k: v for k, v in asdict(point).items() if k != "folder"}})
+        return
+    test = "" if point.test_accuracy is None else f", test accuracy {point.test_accuracy:.4f}"
+    out.print(f"{path}: {point.size_bytes} bytes, validation accuracy {point.val_accuracy:.4f}{test}",
+              highlight=False, soft_wrap=True)  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An .acz file.")],
+    task: TaskOption = "digits",
+    as_json: Annotated[bool, typer.Option("--json", help="The same object on one line.")] = False,
+) -> None:
+    """Decode a file into a fresh model and measure it; prints one JSON object."""
+    from autocompress import evaluate as measure_file
+
+    result = asdict(measure_file(file, task))
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        print_json(result)
+
+
+@app.command()
+def inspect(
+    task: TaskOption = "digits",
+    space: Annotated[str, typer.Option(help="Search space to bind to the model.")] = "default",
+) -> None:
+    """Show what can be compressed: layers, channel groups, dimensions, the size of the joint space."""
+    import torch
+
+    from autocompress.space import BoundSpace, SearchSpace
+    from autocompress.task import check_task, load_task
+    from autocompress.trial import Workshop
+
+    given = load_task(task)
+    rules = SearchSpace.named(space)
+    model = given.build()
+    check_task(given, model)
+    anatomy = Workshop(given, model, BoundSpace(()), Path(), 0).anatomy
+    bound = rules.bind(anatomy)
+    layers = Table(title=f"{task}: {len(anatomy.layers)} layers", title_justify="left")
+    for name in ("layer", "kind", "shape", "weights", "channel groups"):
+        layers.add_column(name, justify="right" if name == "weights" else "left")
+    for layer in anatomy.layers:
+        shape = " x ".join(map(str, layer.shape))
+        layers.add_row(layer.name, layer.kind, shape, f"{layer.numel:,}", ", ".join(dict.fromkeys(layer.groups)))
+    out.print(layers)
+    groups = Table(title=f"{len(anatomy.groups)} groups of channels that are removed together", title_justify="left")
+    for name in ("group", "channels", "reaches"):
+        groups.add_column(name, justify="right" if name == "channels" else "left")
+    for group in anatomy.groups:
+        groups.add_row(group.name, str(group.channels), ", ".join(group.members))
+    out.print(groups)
+    dimensions = Table(title=f"space {rules.name!r}: {len(bound)} dimensions", title_justify="left")
+    for name in ("dimension", "choices", "sites"):
+        dimensions.add_column(name)
+    merged: dict[tuple[str, str], list[str]] = {}
+    for d in bound:
+        merged.setdefault((d.name, ", ".join(map(str, d.choices))), []).append(d.site)
+    for (name, choices), sites in merged.items():
+        dimensions.add_row(name, choices, ", ".join(sites))
+    out.print(dimensions)
+    if anatomy.left_alone:
+        out.print("left alone:")
+        for site, reason in anatomy.left_alone.items():
+            out.print(f"  {site}: {reason}", highlight=False)
+    parameters = sum(p.numel() for p in model.parameters() if isinstance(p, torch.nn.Parameter))
+    out.print(f"{parameters:,} parameters; joint space of about 10^{bound.log10_size:.1f} recipes", highlight=False)
+
+
+@app.command()
+def spaces() -> None:
+    """List the packaged search spaces and explain their dimensions."""
+    import autocompress.techniques  # noqa: F401
+    from autocompress.space import SearchSpace, dimensions, space_files
+
+    listed = Table(title="search spaces (--space NAME, or your own .yaml file)", title_justify="left")
+    listed.add_column("name", no_wrap=True)
+    listed.add_column("what it searches")
+    listed.add_column("dimensions")
+    for name in space_files():
+        space = SearchSpace.named(name)
+        named = dict.fromkeys([d for _, rule in space.rules for d in rule] + list(space.training))
+        listed.add_row(name, space.description, ", ".join(named))
+    out.print(listed)
+    explained = Table(title="dimensions", title_justify="left")
+    explained.add_column("name", no_wrap=True)
+    explained.add_column("default")
+    explained.add_column("what it is")
+    for name, dimension in dimensions().items():
+        explained.add_row(name, str(dimension.default), dimension.about)
+    out.print(explained)
+
+
+def main() -> None:
+    try:
+        app()
+    except AutocompressError as error:
+        sys.stderr.write(f"autocompress: {error}\n")
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Live progress of a search: how far, how fast, how long still, and the front as it grows."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from autocompress.front import non_dominated
+from autocompress.search.controller import Progress
+from autocompress.sizes import format_size
+
+WIDTH, HEIGHT = 56, 11
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def terminal_plot(progress: Progress) -> Text:
+    """Validation accuracy over log bytes, WIDTH x HEIGHT characters: front filled, the rest as dots."""
+    points = [(float(size), accuracy) for size, accuracy in progress.points]
+    if not points:
+        return Text("")
+    front = set(non_dominated(points))
+    base = progress.base
+    top = max([a for _, a in points] + ([base.val_accuracy] if base else []))
+    bottom = max(min(points[i][1] for i in front), top - 0.25 * max(abs(top), 1e-9))
+    if top - bottom < 1e-3:
+        bottom = top - 0.01
+    sizes = [s for s, _ in points] + ([float(base.size_bytes)] if base else [])
+    left, right = math.log(min(sizes)), math.log(max(sizes))
+    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
+
+    def put(size: float, accuracy: float, mark: str) -> None:
+        if accuracy < bottom:
+            return
+        x = round((math.log(size) - left) / max(right - left, 1e-9) * (WIDTH - 1))
+        y = round((top - accuracy) / (top - bottom) * (HEIGHT - 1))
+        grid[y][x] = mark
+
+    for i, (size, accuracy) in enumerate(points):
+        if i not in front:
+            put(size, accuracy, "·")
+    for i in front:
+        put(*points[i], "●")
+    if base:
+        put(base.size_bytes, base.val_accuracy, "■")
+    text = Text()
+    for y, row in enumerate(grid):
+        level = f"{top:7.3f}" if y == 0 else f"{bottom:7.3f}" if y == HEIGHT - 1 else " " * 7
+        text.append(f"{level} │", style="dim")
+        for mark in row:
+            text.append(mark, style={"●": "bold blue", "■": "bold", "·": "dim"}.get(mark, ""))
+        text.append("\n")
+    low, high = format_size(min(sizes)), format_size(max(sizes))
+    text.append(" " * 8 + "└" + "─" * WIDTH + "\n", style="dim")
+    text.append(" " * 9 + low + high.rjust(WIDTH - len(low)) + "\n", style="dim")
+    text.append(" " * 9 + "● front   · other trials   ■ original", style="dim")
+    return text
+
+
+class LiveView:
+    """A listener for `search` that draws in place; plain lines where the output is not a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._phase = ""
+        self._shown = -1
+        self._first: tuple[float, int] | None = None
+
+    def __enter__(self) -> LiveView:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase == "searching" and self._first is None:
+            self._first = (progress.seconds, progress.done)
+        if self._live:
+            self._live.update(self._draw(progress))
+        elif progress.phase != self._phase:
+            self.console.print(f"{progress.phase} ...")
+        elif progress.done >= self._shown + max(1, progress.budget // 10):
+            self._shown = progress.done
+            self.console.print(self._status(progress))
+        self._phase = progress.phase
+
+    def _status(self, progress: Progress) -> str:
+        text = f"{progress.done}/{progress.budget} trials"
+        began, first = self._first or (0.0, 0)
+        count, passed = progress.done - first, progress.seconds - began
+        if count > 0:
+            text += f", {60 * count / passed:.1f} a minute, {duration((progress.budget - progress.done) * passed / count)} left"
+        else:
+            text += ", time left: known after the first trial"
+        return text + (f", {progress.failed} failed" if progress.failed else "")
+
+    def _draw(self, progress: Progress) -> RenderableType:
+        if progress.phase != "searching":
+            return Text(f"{progress.phase} ... {duration(progress.seconds)}")
+        row = Table.grid(padding=(0, 1))
+        row.add_row(ProgressBar(progress.budget, progress.done, width=28), self._status(progress))
+        return Group(Text(f"run {progress.folder}", style="dim"), row, terminal_plot(progress))
