@@ -20,9 +20,24 @@ MIN_WEIGHTS = 32
 """Tensors with fewer weights are not worth a dimension of their own."""
 
 ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus,
-    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Tanhshrink,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Softplus,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softsign,
+    nn.Tanhshrink,
+)
 """Elementwise functions without parameters, any of which may stand in for any other."""
 
 Run = Callable[[nn.Module], Any]
@@ -92,7 +107,12 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
     vectors = []
     for key, places in owners(model).items():
         tensor = getattr(*places[0])
-        if tensor.ndim >= 2 and tensor.is_floating_point() and tensor.numel() >= MIN_WEIGHTS and isinstance(tensor, nn.Parameter):
+        if (
+            tensor.ndim >= 2
+            and tensor.is_floating_point()
+            and tensor.numel() >= MIN_WEIGHTS
+            and isinstance(tensor, nn.Parameter)
+        ):
             kind = type(places[0][0]).__name__
             layers.append(Layer(layer_name(key), key, tuple(tensor.shape), kind, tuple(touched.get(key, ()))))
         elif tensor.is_floating_point():
@@ -148,9 +168,7 @@ class ChannelGraph:
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model = model
-        self._tied = {
-            id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places
-        }
+        self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
         with _quiet(), torch.enable_grad():
             self._graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=None, forward_fn=lambda module, _: run(module)
@@ -170,9 +188,7 @@ class ChannelGraph:
 
     def _all_groups(self) -> Iterator[Any]:
         with _quiet():
-            yield from self._graph.get_all_groups(
-                root_module_types=[nn.modules.conv._ConvNd, nn.Linear]
-            )
+            yield from self._graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear])
 
     def _makes(self, dep: Any) -> bool:
         """Whether this member produces the channels (and is a layer with weights)."""
@@ -233,7 +249,8 @@ def _channel_groups(
     try:
         with torch.no_grad():
             expected = _shape_of(run(original))
-        groups: dict[str, ChannelGroup] = {}
+        groups: dict[str, ChannelGroup]
+        touched: dict[str, list[str]]
         refused: set[str] = set()
         while True:
             trial = copy.deepcopy(original)
@@ -253,14 +270,20 @@ def _channel_groups(
                 order = list(graph.names.values())
                 return tuple(sorted(groups.values(), key=lambda g: order.index(g.name))), touched
     except Exception as error:  # the graph cannot follow this model: compress it without channel pruning
-        left_alone["channels"] = f"the model cannot be traced for channel pruning: {str(error).splitlines()[0] if str(error) else error!r}"
+        left_alone["channels"] = (
+            f"the model cannot be traced for channel pruning: {str(error).splitlines()[0] if str(error) else error!r}"
+        )
         return (), {}
 
 
 def _try_group(
-    graph: ChannelGraph, name: str, run: Run, expected: Any,
-    groups: dict[str, ChannelGroup], touched: dict[str, list[str]],
-) -> str:  # fmt: skip
+    graph: ChannelGraph,
+    name: str,
+    run: Run,
+    expected: Any,
+    groups: dict[str, ChannelGroup],
+    touched: dict[str, list[str]],
+) -> str:
     count = graph.channels(name)
     before = {key: tuple(getattr(*p[0]).shape) for key, p in owners(graph.model).items()}
     try:

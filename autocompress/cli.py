@@ -29,13 +29,19 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 
 TaskOption = Annotated[
-    str, typer.Option("--task", "-t", help="Built-in task ('digits') or your own as package.module:function.")
+    str,
+    typer.Option("--task", "-t", help="Built-in task ('digits') or your own as package.module:function."),
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 MaxSize = Annotated[
     str | None,
-    typer.Option("--max-size", help="Largest file: bytes, or with a unit: 20KB (1 KB = 1000 bytes), 1.5MB, 16KiB, 2MiB."),
+    typer.Option(
+        "--max-size",
+        help="Largest file: bytes, or with a unit: 20KB (1 KB = 1000 bytes), 1.5MB, 16KiB, 2MiB.",
+    ),
 ]
 MinAccuracy = Annotated[float | None, typer.Option("--min-accuracy", help="Lowest validation accuracy, like 0.95.")]
 
@@ -53,7 +59,8 @@ def _version(shown: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -63,15 +70,18 @@ def options(
 def search(
     task: TaskOption = "digits",
     space: Annotated[
-        str, typer.Option(help="Search space: a name that 'autocompress spaces' lists, or a .yaml file.")
+        str,
+        typer.Option(help="Search space: a name that 'autocompress spaces' lists, or a .yaml file."),
     ] = "default",
     budget: Annotated[int, typer.Option("--budget", "-b", help="Number of trials.")] = 50,
     seed: Annotated[int, typer.Option(help="Same seed and one worker: same front.")] = 0,
     run: Annotated[
-        str | None, typer.Option(help="Name (under runs/) or path of the run folder; new and numbered by default.")
+        str | None,
+        typer.Option(help="Name (under runs/) or path of the run folder; new and numbered by default."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Trials at a time; by default one per GPU, else one per CPU core.")
+        int | None,
+        typer.Option(help="Trials at a time; by default one per GPU, else one per CPU core."),
     ] = None,
     sampler: Annotated[
         str, typer.Option(help="Who proposes candidates: frontier (ours), tpe, nsga2 or random.")
@@ -98,14 +108,25 @@ def search(
                 front = controller.resume(resume, workers=workers, listener=view)
             else:
                 front = controller.search(
-                    task, budget, space, seed=seed, run=run, workers=workers, sampler=sampler,  # type: ignore[arg-type]
-                    max_size=max_size, min_accuracy=min_accuracy, listener=view,
-                )  # fmt: skip
+                    task,
+                    budget,
+                    space,
+                    seed=seed,
+                    run=run,
+                    workers=workers,
+                    sampler=sampler,  # type: ignore[arg-type]
+                    max_size=max_size,
+                    min_accuracy=min_accuracy,
+                    listener=view,
+                )
         finally:
             if view:
                 view.__exit__(None, None, None)
     except KeyboardInterrupt:
-        err.print("stopped; finished trials are kept: go on with autocompress search --resume RUN", style="yellow")
+        err.print(
+            "stopped; finished trials are kept: go on with autocompress search --resume RUN",
+            style="yellow",
+        )
         raise typer.Exit(130) from None
     if as_json:
         print_json({"run": str(front.folder), **front.to_json()})
@@ -113,7 +134,11 @@ def search(
         sys.stdout.write(f"{front.folder}\n")
     else:
         out.print(front.table())
-        out.print(f"run folder: {front.folder}\npicture:    {front.folder / 'front.png'}", highlight=False, soft_wrap=True)
+        out.print(
+            f"run folder: {front.folder}\npicture:    {front.folder / 'front.png'}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -143,11 +168,22 @@ def _show_artifact(path: Path, as_json: bool) -> None:
             name: {"shape": list(t.value.shape), "choice": t.choice, "size_bytes": t.size_bytes}
             for name, t in artifact.tensors.items()
         }
-        print_json({"size_bytes": artifact.size_bytes, "header_bytes": artifact.header_bytes, "recipe": recipe, "tensors": tensors})
+        print_json(
+            {
+                "size_bytes": artifact.size_bytes,
+                "header_bytes": artifact.header_bytes,
+                "recipe": recipe,
+                "tensors": tensors,
+            }
+        )
         return
     table = Table(title=f"{path}: {artifact.size_bytes:,} bytes", title_justify="left")
     for name in ("tensor", "shape", "stored as", "zeros", "bytes", "bits/weight", "share"):
-        table.add_column(name, justify="left" if name in ("tensor", "shape", "stored as") else "right", no_wrap=True)
+        table.add_column(
+            name,
+            justify="left" if name in ("tensor", "shape", "stored as") else "right",
+            no_wrap=True,
+        )
     rest = 0
     for name, tensor in artifact.tensors.items():
         count = tensor.value.numel()
@@ -158,13 +194,32 @@ def _show_artifact(path: Path, as_json: bool) -> None:
         bar = "█" * math.ceil(20 * tensor.size_bytes / artifact.size_bytes)
         shape = " x ".join(map(str, tensor.value.shape))
         table.add_row(
-            layer_name(name), shape, str(tensor.choice), f"{zeros:.0f}%", f"{tensor.size_bytes:,}",
-            f"{8 * tensor.size_bytes / max(count, 1):.2f}", bar,
-        )  # fmt: skip
-    table.add_row("biases, norms, buffers", "", str(recipe.get("model", {}).get("vectors", "float32")), "", f"{rest:,}", "",
-                  "█" * math.ceil(20 * rest / artifact.size_bytes))  # fmt: skip
-    table.add_row("header: names, shapes, recipe", "", "", "", f"{artifact.header_bytes:,}", "",
-                  "█" * math.ceil(20 * artifact.header_bytes / artifact.size_bytes))  # fmt: skip
+            layer_name(name),
+            shape,
+            str(tensor.choice),
+            f"{zeros:.0f}%",
+            f"{tensor.size_bytes:,}",
+            f"{8 * tensor.size_bytes / max(count, 1):.2f}",
+            bar,
+        )
+    table.add_row(
+        "biases, norms, buffers",
+        "",
+        str(recipe.get("model", {}).get("vectors", "float32")),
+        "",
+        f"{rest:,}",
+        "",
+        "█" * math.ceil(20 * rest / artifact.size_bytes),
+    )
+    table.add_row(
+        "header: names, shapes, recipe",
+        "",
+        "",
+        "",
+        f"{artifact.header_bytes:,}",
+        "",
+        "█" * math.ceil(20 * artifact.header_bytes / artifact.size_bytes),
+    )
     out.print(table)
 
 
@@ -182,7 +237,8 @@ def _front(run: str) -> Any:
 def plot(
     run: RunArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf; RUN/front.png by default.")
+        Path | None,
+        typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf; RUN/front.png by default."),
     ] = None,
 ) -> None:
     """Draw the front of a run."""
@@ -215,8 +271,11 @@ def pick(
         print_json({"file": str(path), **{k: v for k, v in asdict(point).items() if k != "folder"}})
         return
     test = "" if point.test_accuracy is None else f", test accuracy {point.test_accuracy:.4f}"
-    out.print(f"{path}: {point.size_bytes} bytes, validation accuracy {point.val_accuracy:.4f}{test}",
-              highlight=False, soft_wrap=True)  # fmt: skip
+    out.print(
+        f"{path}: {point.size_bytes} bytes, validation accuracy {point.val_accuracy:.4f}{test}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -258,9 +317,18 @@ def inspect(
         layers.add_column(name, justify="right" if name == "weights" else "left")
     for layer in anatomy.layers:
         shape = " x ".join(map(str, layer.shape))
-        layers.add_row(layer.name, layer.kind, shape, f"{layer.numel:,}", ", ".join(dict.fromkeys(layer.groups)))
+        layers.add_row(
+            layer.name,
+            layer.kind,
+            shape,
+            f"{layer.numel:,}",
+            ", ".join(dict.fromkeys(layer.groups)),
+        )
     out.print(layers)
-    groups = Table(title=f"{len(anatomy.groups)} groups of channels that are removed together", title_justify="left")
+    groups = Table(
+        title=f"{len(anatomy.groups)} groups of channels that are removed together",
+        title_justify="left",
+    )
     for name in ("group", "channels", "reaches"):
         groups.add_column(name, justify="right" if name == "channels" else "left")
     for group in anatomy.groups:
@@ -280,7 +348,10 @@ def inspect(
         for site, reason in anatomy.left_alone.items():
             out.print(f"  {site}: {reason}", highlight=False)
     parameters = sum(p.numel() for p in model.parameters() if isinstance(p, torch.nn.Parameter))
-    out.print(f"{parameters:,} parameters; joint space of about 10^{bound.log10_size:.1f} recipes", highlight=False)
+    out.print(
+        f"{parameters:,} parameters; joint space of about 10^{bound.log10_size:.1f} recipes",
+        highlight=False,
+    )
 
 
 @app.command()

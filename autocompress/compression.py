@@ -54,7 +54,7 @@ class Candidate:
 
     def __init__(
         self, original: nn.Module, anatomy: Anatomy, recipe: Recipe, run: Run, state: Mapping[str, Tensor] | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         import copy
 
         self.anatomy, self.recipe, self.run = anatomy, recipe, run
@@ -65,7 +65,9 @@ class Candidate:
         for name, structure in structures().items():
             chosen = recipe.dimension(name)
             if name == "channels":
-                chosen = {g.name: kept_channels(g.channels, float(chosen[g.name])) for g in anatomy.groups if g.name in chosen}
+                chosen = {
+                    g.name: kept_channels(g.channels, float(chosen[g.name])) for g in anatomy.groups if g.name in chosen
+                }
                 if parent:
                     _assign_known(self.model, parent)
             structure.apply(self.model, chosen, run)
@@ -86,7 +88,12 @@ class Candidate:
             shadow.learned = coding.initial(shadow.masked(), choice) if known is None else known.clone()
             shadow.learned = shadow.learned.to(dense.device)
 
-    def set_masks(self, names: list[str] | None = None, share: float = 1.0, start: Mapping[str, float] | None = None) -> None:
+    def set_masks(
+        self,
+        names: list[str] | None = None,
+        share: float = 1.0,
+        start: Mapping[str, float] | None = None,
+    ) -> None:
         """Recompute masks from the dense weights, at `share` of the way from `start` to the recipe's sparsity."""
         for name in self.layers if names is None else names:
             shadow = self.layers[name]
@@ -160,7 +167,10 @@ class Candidate:
 def _assign_known(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Assign what both have: a child may have quantisers that its parent lacks, and the other way round."""
     own = tensors(model)
-    assign(model, own | {key: value for key, value in state.items() if key in own and _fits(own[key], value)})
+    assign(
+        model,
+        own | {key: value for key, value in state.items() if key in own and _fits(own[key], value)},
+    )
 
 
 def _fits(own: Tensor, value: Tensor) -> bool:

@@ -104,9 +104,7 @@ class ParetoFront:
         small = [p for p in self.points if p.size_bytes <= limit]
         if not small:
             smallest = min((p.size_bytes for p in self.points), default=0)
-            raise TargetError(
-                f"no file of at most {format_size(limit)}: the smallest of this run is {format_size(smallest)} ({smallest} bytes)"
-            )
+            raise TargetError(f"no file of at most {format_size(limit)}: the smallest of this run is {smallest} bytes")
         if min_accuracy is None:
             return max(small, key=lambda p: p.val_accuracy)
         good = [p for p in small if p.val_accuracy >= min_accuracy]
@@ -150,7 +148,13 @@ class ParetoFront:
             data = asdict(point)
             del data["folder"]
             points.append(data)
-        return {"task": self.task, "space": self.space, "seed": self.seed, "base": asdict(self.base), "front": points}
+        return {
+            "task": self.task,
+            "space": self.space,
+            "seed": self.seed,
+            "base": asdict(self.base),
+            "front": points,
+        }
 
     @classmethod
     def read(cls, folder: str | Path) -> ParetoFront:

@@ -12,19 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.artifact import pack, unpack
 from autocompress.artifact.coder import CoderState
-from autocompress.artifact.container import Codes, matrix_of
-from autocompress.artifact.container import decode_artifact
+from autocompress.artifact.container import (
+    Codes,
+    Plan,
+    decode_artifact,
+    decoded,
+    encode_artifact,
+    matrix_of,
+)
+from autocompress.artifact.pack import fold_norms, plans
 from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.space import BoundSpace
+from autocompress.surgery import assign
 from autocompress.task import Task, batch_size
 from autocompress.techniques.base import coding_of, maskings, structures, trainings
 from autocompress.techniques.channels import kept_channels
 from autocompress.training import divergence
 
-SAMPLE = 8192
+SAMPLE = 4096
 """Weights of a layer that are coded to predict its bytes; larger layers are scaled up."""
 _FEW = 16
 
@@ -72,9 +79,10 @@ class Prober:
                 with torch.no_grad():
                     shadow.parameter.data.copy_(shadow.effective())
         if dimension == "vectors":
-            other = Recipe.of(candidate.recipe.as_dict() | {f"{MODEL}:vectors": choice})
-            data = pack(candidate.weights(), other)
-            return self.distance(unpack(data, candidate.model))
+            model = copy.deepcopy(candidate.model)
+            stored = _vector_plans(candidate, choice)
+            assign(model, fold_norms(model) | {name: decoded(plan) for name, plan in stored.items()})
+            return self.distance(model)
         if dimension in structures():
             model = copy.deepcopy(candidate.model)
             chosen: Choice = choice
@@ -154,15 +162,19 @@ def coded_bytes(codes: Codes, exponent: int, mantissa: int) -> int:
     return len(state.finish())
 
 
+def _vector_plans(candidate: Candidate, choice: Choice) -> dict[str, Plan]:
+    """How everything that is not a layer would be stored."""
+    layers = {layer.parameter for layer in candidate.anatomy.layers}
+    recipe = Recipe.of(candidate.recipe.as_dict() | {f"{MODEL}:vectors": choice})
+    return {name: plan for name, plan in plans(candidate.weights(), recipe).items() if name not in layers}
+
+
 def vector_bytes(candidate: Candidate, space: BoundSpace) -> tuple[dict[str, float], float]:
     """(choice of `vectors` -> bytes of everything that is not a layer, header bytes)."""
     choices = next((d.choices for d in space if d.name == "vectors"), ("float32",))
-    layers = {layer.parameter for layer in candidate.anatomy.layers}
-    weights = candidate.weights()
     out, header = {}, 0.0
     for choice in choices:
-        recipe = Recipe.of(candidate.recipe.as_dict() | {f"{MODEL}:vectors": choice})
-        artifact = decode_artifact(pack(weights, recipe))
-        out[str(choice)] = float(sum(t.size_bytes for n, t in artifact.tensors.items() if n not in layers))
-        header = artifact.header_bytes + 2.0 * len(candidate.layers)
+        artifact = decode_artifact(encode_artifact(_vector_plans(candidate, choice), candidate.recipe))
+        out[str(choice)] = float(sum(t.size_bytes for t in artifact.tensors.values()))
+        header = artifact.header_bytes + 12.0 * len(candidate.layers)
     return out, header

@@ -23,9 +23,15 @@ FOLDERS = (_HERE / "search_spaces", _HERE.parent / "search_spaces")
 class Dimension(Protocol):
     """What a dimension of the space must tell; techniques say it (see `techniques/base.py`)."""
 
-    name: str
-    default: Choice
-    about: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def default(self) -> Choice: ...
+
+    @property
+    def about(self) -> str:
+        """One line for people."""
 
     def parse(self, raw: Any) -> Choice:
         """The choice meant by a YAML value; raises SpaceError with what is offered."""
@@ -128,7 +134,9 @@ class SearchSpace:
             return cls.parse(path.read_text(), str(path), path.stem)
         files = space_files()
         if str(name) not in files:
-            raise SpaceError(f"unknown search space {str(name)!r}{near_misses(str(name), files)} (or give a .yaml file)")
+            raise SpaceError(
+                f"unknown search space {str(name)!r}{near_misses(str(name), files)} (or give a .yaml file)"
+            )
         file = files[str(name)]
         return cls.parse(file.read_text(), file.name, file.stem)
 

@@ -65,8 +65,8 @@ def resizable(layer: nn.Module) -> bool:
     Grouped convolutions can only when they are depthwise with one filter a channel.
     """
     if isinstance(layer, _CONV) and layer.groups > 1:
-        if isinstance(layer, _TRANSPOSED) or not layer.groups == layer.in_channels == layer.out_channels:
-            return False
+        depthwise = layer.groups == layer.in_channels == layer.out_channels
+        return depthwise and not isinstance(layer, _TRANSPOSED)
     return isinstance(layer, tuple(kind for kind, _ in _RESIZE))
 
 
@@ -88,9 +88,7 @@ def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer once, by its first name, detached."""
-    return {
-        key: getattr(places[0][0], places[0][1]).detach() for key, places in owners(model).items()
-    }
+    return {key: getattr(places[0][0], places[0][1]).detach() for key, places in owners(model).items()}
 
 
 @torch.no_grad()
@@ -111,16 +109,17 @@ def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             old.copy_(value)
             continue
         if old.ndim != value.ndim or not all(resizable(module) for module, _ in places[key]):
-            raise ArtifactError(
-                f"tensor {key!r}: expected shape {tuple(old.shape)}, the file has {tuple(value.shape)}"
-            )
+            raise ArtifactError(f"tensor {key!r}: expected shape {tuple(old.shape)}, the file has {tuple(value.shape)}")
         fresh = value.detach().to(old.device, old.dtype).clone()
         new = nn.Parameter(fresh, old.requires_grad) if isinstance(old, nn.Parameter) else fresh
         for module, name in places[key]:
             setattr(module, name, new)
             resized[module] = None
     for module in resized:
-        shape = next((tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False)) if t.ndim), ())
+        shape = next(
+            (tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False)) if t.ndim),
+            (),
+        )
         for kind, resize in _RESIZE:
             if isinstance(module, kind):
                 resize(module, shape)

@@ -65,7 +65,9 @@ class Task:
         except Exception as error:
             raise TaskError(f"task {self.name!r}: building the model failed: {error!r}") from error
         if not isinstance(model, nn.Module):
-            raise TaskError(f"task {self.name!r}: the model function must return an nn.Module, got {type(model).__name__}")
+            raise TaskError(
+                f"task {self.name!r}: the model function must return an nn.Module, got {type(model).__name__}"
+            )
         return model.eval()
 
     def batches(self, split: str) -> Iterator[Batch]:
@@ -201,7 +203,9 @@ def load_task(name: str) -> Task:
         raise TaskError(f"task {name!r}: importing {module_name!r} failed: {error!r}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise TaskError(f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, dir(module))}")
+        raise TaskError(
+            f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, dir(module))}"
+        )
     try:
         task = function()
     except AutocompressError:

@@ -40,8 +40,8 @@ def divergence(student: Any, teacher: Any, target: Any = None, temperature: floa
         if classes and student.shape[1] > 1:
             p = (teacher / temperature).log_softmax(1)
             q = (student / temperature).log_softmax(1)
-            return temperature**2 * (p.exp() * (p - q)).sum(1).mean()
-        return (student - teacher).square().mean() / teacher.var().clamp_min(1e-6)
+            return torch.mul((p.exp() * (p - q)).sum(1).mean(), temperature**2)
+        return torch.div((student - teacher).square().mean(), teacher.var().clamp_min(1e-6))
     if isinstance(student, Mapping):
         pairs = [(student[key], teacher[key]) for key in student]
     elif isinstance(student, (tuple, list)):
@@ -53,9 +53,17 @@ def divergence(student: Any, teacher: Any, target: Any = None, temperature: floa
 
 
 def fine_tune(
-    task: Task, candidate: Candidate, teacher: nn.Module, epochs: int, start_sparsity: Mapping[str, float] | None = None
-) -> Iterator[int]:  # fmt: skip
+    task: Task,
+    candidate: Candidate,
+    teacher: nn.Module,
+    epochs: int,
+    start_sparsity: Mapping[str, float] | None = None,
+    learning_rate: float | None = None,
+) -> Iterator[int]:
     """Fine-tune in place; yields the number of finished epochs after each.
+
+    start_sparsity: layer -> share of zeros from which the sparsity rises to the recipe's. learning_rate:
+    peak rate, the task's own by default.
 
     Raises TaskError when the loss stops being finite.
     """
@@ -63,11 +71,13 @@ def fine_tune(
         return
     model, recipe = candidate.model, candidate.recipe
     device = device_of(model)
-    choices = {name: recipe.get(MODEL, name, technique.default) for name, technique in trainings().items()}
-    penalty = sum(technique.penalty(choices[name]) for name, technique in trainings().items())
+    peak = task.learning_rate if learning_rate is None else learning_rate
+    asked = recipe.as_dict()
+    choices = {name: asked.get(f"{MODEL}:{name}", technique.default) for name, technique in trainings().items()}
+    penalty = math.fsum(technique.penalty(choices[name]) for name, technique in trainings().items())
     weights, others = candidate.trainable()
     groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=task.learning_rate)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak)
     half = device.type == "cuda" and choices.get("precision") == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     rate = RateModel(candidate)
@@ -79,7 +89,7 @@ def fine_tune(
         for batch in task.batches("train"):
             progress = min(step / total, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = task.learning_rate * _schedule(progress)
+                group["lr"] = peak * _schedule(progress)
             if step % _MASK_EVERY == 0 and progress < _FREEZE:
                 ramp = 1 - (1 - min(progress / _RAMP, 1.0)) ** 3
                 candidate.set_masks(share=ramp, start=start_sparsity)
@@ -98,10 +108,10 @@ def fine_tune(
             if not math.isfinite(float(loss.detach())):
                 raise TaskError(f"the loss became {float(loss):g} while fine-tuning")
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            torch.autograd.backward(scaler.scale(loss))
             candidate.backpropagate()
             if penalty:
-                scaler.scale(rate.bits() * (penalty / original)).backward()
+                torch.autograd.backward(scaler.scale(rate.bits() * (penalty / original)))
             scaler.step(optimizer)
             scaler.update()
             step += 1
@@ -127,8 +137,3 @@ def _schedule(progress: float) -> float:
     if progress < 0.1:
         return 0.1 + 9 * progress
     return 0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9)
-
-
-@torch.no_grad()
-def reference_outputs(task: Task, model: nn.Module, batches: list[Any]) -> list[Any]:
-    return [task.run(model, batch)[0] for batch in batches]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -26,9 +27,16 @@ from autocompress.space import BoundSpace
 from autocompress.task import Task, batch_size, measure, to_device
 from autocompress.training import fine_tune
 
-ARTIFACT, CHECKPOINT, RECIPE, METRICS = "model.acz", "checkpoint.safetensors", "recipe.json", "metrics.json"
+ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
+    "model.acz",
+    "checkpoint.safetensors",
+    "recipe.json",
+    "metrics.json",
+)
 _CALIBRATION = 192
 """Samples on which choices are probed."""
+_FAR = 0.05
+"""Divergence from the original (nats) from which the full learning rate is used."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,15 @@ class Workshop:
     folder: the run folder; trials write into `folder/trials/<number>/` and nowhere else.
     """
 
-    def __init__(self, task: Task, original: nn.Module, space: BoundSpace, folder: Path, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        task: Task,
+        original: nn.Module,
+        space: BoundSpace,
+        folder: Path,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
         self.task, self.space, self.folder, self.seed = task, space, folder, seed
         self.device = torch.device(device)
         self.original = original.to(self.device).eval()
@@ -137,7 +153,7 @@ class Workshop:
         candidate = Candidate(self.original, self.anatomy, recipe, self.run_once, state)
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
-        for epoch in fine_tune(self.task, candidate, self.original, epochs, start):
+        for epoch in fine_tune(self.task, candidate, self.original, epochs, start, self._learning_rate(candidate)):
             if epoch == max(1, epochs - 1):
                 rate.calibrate()
             halfway = epoch == (epochs + 1) // 2 and epoch < epochs
@@ -155,12 +171,23 @@ class Workshop:
         write_file(folder / METRICS, json.dumps({**shown, "parent": spec.parent}, indent=1).encode())
         yield result
 
+    def _learning_rate(self, candidate: Candidate) -> float:
+        """The task's rate for candidates far from the original, less for those that hardly moved:
+        they have little to win and much to lose."""
+        candidate.materialise()
+        distance = self.prober.distance(candidate.model)
+        return self.task.learning_rate * min(1.0, max(0.05, math.sqrt(distance / _FAR)))
+
     def _neighbours(self, recipe: Recipe) -> dict[str, list[Choice]]:
         """The next heavier choice of each dimension that changes bytes."""
         present = self.space.complete(recipe)
         out = {}
         for dimension in self.space:
             if dimension.name in ("weights", "sparsity", "channels"):
-                at = dimension.choices.index(present[dimension.key]) if present[dimension.key] in dimension.choices else -1
+                at = (
+                    dimension.choices.index(present[dimension.key])
+                    if present[dimension.key] in dimension.choices
+                    else -1
+                )
                 out[dimension.key] = list(dimension.choices[at + 1 : at + 2])
         return {key: choices for key, choices in out.items() if choices}

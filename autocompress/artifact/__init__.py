@@ -3,4 +3,13 @@
 from autocompress.artifact.container import Artifact, StoredTensor, read_artifact, write_file
 from autocompress.artifact.pack import Weights, load, pack, unpack
 
-__all__ = ["Artifact", "StoredTensor", "Weights", "load", "pack", "read_artifact", "unpack", "write_file"]
+__all__ = [
+    "Artifact",
+    "StoredTensor",
+    "Weights",
+    "load",
+    "pack",
+    "read_artifact",
+    "unpack",
+    "write_file",
+]

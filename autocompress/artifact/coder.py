@@ -28,10 +28,7 @@ MAX_WEIGHTS_PER_BYTE = 12_000
 _LIMIT = 2047
 _P_MIN = 48
 _STRETCH = np.array(
-    [
-        max(-_LIMIT, min(_LIMIT, round(256 * math.log((i + 0.5) / (4096 - i - 0.5)))))
-        for i in range(4096)
-    ],
+    [max(-_LIMIT, min(_LIMIT, round(256 * math.log((i + 0.5) / (4096 - i - 0.5))))) for i in range(4096)],
     dtype=np.int32,
 )
 _SQUASH_HALF = 3072
@@ -97,9 +94,24 @@ class CoderState:
         self.local[:] = 32768 << 10
         counts = np.zeros(3 * columns + columns // kernel + 1, np.int32)
         _code(
-            encode, values.reshape(-1), rows, columns, kernel, exponent, mantissa, self.shared, self.local,
-            self.mixer, self.seen, self.range, self.buffer, counts, _STRETCH, _SQUASH, _RATE,
-        )  # fmt: skip
+            encode,
+            values.reshape(-1),
+            rows,
+            columns,
+            kernel,
+            exponent,
+            mantissa,
+            self.shared,
+            self.local,
+            self.mixer,
+            self.seen,
+            self.range,
+            self.buffer,
+            counts,
+            _STRETCH,
+            _SQUASH,
+            _RATE,
+        )
 
     @property
     def position(self) -> int:
@@ -196,10 +208,23 @@ def _direct(rc: Array, buffer: Array, encode: bool, table: Array, slot: int, bit
 
 @njit(cache=True)
 def _mixed(
-    rc: Array, buffer: Array, encode: bool, bit: int, shared: Array, local: Array, slots: Array,
-    first_local: int, inputs: int, weights: Array, seen: Array, which: int, stretched: Array,
-    stretch: Array, squash: Array, rates: Array,
-) -> int:  # fmt: skip
+    rc: Array,
+    buffer: Array,
+    encode: bool,
+    bit: int,
+    shared: Array,
+    local: Array,
+    slots: Array,
+    first_local: int,
+    inputs: int,
+    weights: Array,
+    seen: Array,
+    which: int,
+    stretched: Array,
+    stretch: Array,
+    squash: Array,
+    rates: Array,
+) -> int:
     """A bit predicted by `inputs` contexts: slots[:first_local] are shared, the rest are local."""
     total = np.int64(0)
     for k in range(inputs):
@@ -258,10 +283,24 @@ def _level(nonzero: int, n: int, prior: int) -> int:
 
 @njit(cache=True)
 def _code(
-    encode: bool, values: Array, rows: int, columns: int, kernel: int, exponent: int, mantissa: int,
-    shared: Array, local: Array, mixer: Array, seen: Array, rc: Array, buffer: Array, counts: Array,
-    stretch: Array, squash: Array, rates: Array,
-) -> None:  # fmt: skip
+    encode: bool,
+    values: Array,
+    rows: int,
+    columns: int,
+    kernel: int,
+    exponent: int,
+    mantissa: int,
+    shared: Array,
+    local: Array,
+    mixer: Array,
+    seen: Array,
+    rc: Array,
+    buffer: Array,
+    counts: Array,
+    stretch: Array,
+    squash: Array,
+    rates: Array,
+) -> None:
     slots = np.zeros(8, np.int64)
     stretched = np.zeros(8, np.int64)
     column_nonzero = counts[:columns]
@@ -270,7 +309,6 @@ def _code(
     nonzeros = 0
     for r in range(rows):
         row_nonzero = 0
-        row_size = 0
         for c in range(columns):
             at = r * columns + c
             done = at
@@ -307,9 +345,23 @@ def _code(
             slots[6] = 1 + min(inside, 63) * 4 + min(aw + an, 3)
             slots[7] = 512 + row * 16 + block
             nonzero = _mixed(
-                rc, buffer, encode, 1 if x != 0 else 0, shared, local, slots, 5, 8, mixer, seen, size,
-                stretched, stretch, squash, rates,
-            )  # fmt: skip
+                rc,
+                buffer,
+                encode,
+                1 if x != 0 else 0,
+                shared,
+                local,
+                slots,
+                5,
+                8,
+                mixer,
+                seen,
+                size,
+                stretched,
+                stretch,
+                squash,
+                rates,
+            )
             column_size[c] += 1
             if not nonzero:
                 values[at] = 0
@@ -341,9 +393,23 @@ def _code(
                 more = 1 if length > code else 0
                 _magnitude_slots(slots, code, q, q2, row, column, tensor)
                 more = _mixed(
-                    rc, buffer, encode, more, shared, local, slots, 3, 5, mixer, seen, 4 + min(code, 9),
-                    stretched, stretch, squash, rates,
-                )  # fmt: skip
+                    rc,
+                    buffer,
+                    encode,
+                    more,
+                    shared,
+                    local,
+                    slots,
+                    3,
+                    5,
+                    mixer,
+                    seen,
+                    4 + min(code, 9),
+                    stretched,
+                    stretch,
+                    squash,
+                    rates,
+                )
                 if not more:
                     break
                 code += 1
@@ -353,9 +419,23 @@ def _code(
                 node = min(node, 511)
                 _magnitude_slots(slots, node, q, q2, row, column, tensor)
                 bit = _mixed(
-                    rc, buffer, encode, (m >> k) & 1, shared, local, slots, 3, 5, mixer, seen,
-                    16 + min(code - 1 - k, 3) + 4 * min(code, 6), stretched, stretch, squash, rates,
-                )  # fmt: skip
+                    rc,
+                    buffer,
+                    encode,
+                    (m >> k) & 1,
+                    shared,
+                    local,
+                    slots,
+                    3,
+                    5,
+                    mixer,
+                    seen,
+                    16 + min(code - 1 - k, 3) + 4 * min(code, 6),
+                    stretched,
+                    stretch,
+                    squash,
+                    rates,
+                )
                 value = (value << 1) | bit
             values[at] = -value if negative else value
 
@@ -373,11 +453,11 @@ def _magnitude_slots(slots: Array, node: int, q: int, q2: int, row: int, column:
 @njit(cache=True)
 def _float_bits(
     rc: Array, buffer: Array, encode: bool, x: int, exponent: int, mantissa: int, local: Array, rates: Array
-) -> int:  # fmt: skip
+) -> int:
     """Sign, exponent (an adaptive tree), three bits of mantissa (adaptive), the rest as they are."""
-    pattern = np.int64(x) & ((np.int64(1) << (1 + exponent + mantissa)) - 1)
+    pattern = x & ((1 << (1 + exponent + mantissa)) - 1)
     base = 4096 + 8 * 512
-    value = np.int64(_direct(rc, buffer, encode, local, base, (pattern >> (exponent + mantissa)) & 1, rates))
+    value = _direct(rc, buffer, encode, local, base, (pattern >> (exponent + mantissa)) & 1, rates)
     node = 1
     for k in range(exponent - 1, -1, -1):
         bit = _direct(rc, buffer, encode, local, base + 1 + node, (pattern >> (mantissa + k)) & 1, rates)

@@ -42,7 +42,16 @@ _DICTIONARY = (
 )
 CODED, CONSTANT, RAW = range(3)
 Codes = np.ndarray[Any, np.dtype[np.int32]]
-_RAW_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float64, torch.complex64)
+_RAW_TYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float64,
+    torch.complex64,
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,14 @@ class Artifact:
     tensors: dict[str, StoredTensor]
     header_bytes: int
     size_bytes: int
+
+
+def decoded(plan: Plan) -> Tensor:
+    """The tensor that a reader will get, without writing it."""
+    if not plan.value.is_floating_point():
+        return plan.value
+    coding = coding_of(plan.choice)
+    return coding.decode(coding.encode(plan.value.float(), plan.choice, plan.parameters), plan.choice)
 
 
 # ------------------------------------------------------------------------------------- write
@@ -132,7 +149,13 @@ def _write_coded(rest: _Writer, state: CoderState, value: Tensor, plan: Plan, na
     rest.varint(list(coding.choices()).index(plan.choice))
     rest.varint(len(coded.parameters))
     rest.data += struct.pack(f"<{len(coded.parameters)}f", *coded.parameters)
-    state.code(np.ascontiguousarray(matrix.T) if transposed else matrix.copy(), kernel, exponent, mantissa, True)
+    state.code(
+        np.ascontiguousarray(matrix.T) if transposed else matrix.copy(),
+        kernel,
+        exponent,
+        mantissa,
+        True,
+    )
 
 
 def matrix_of(codes: Codes) -> tuple[Codes, int]:
@@ -217,7 +240,9 @@ def decode_artifact(data: bytes, where: str = "artifact") -> Artifact:
         raise ArtifactError(f"{where} is not an autocompress artifact (.acz)")
     _, version, checksum, raw_length, deflated_length = _PREFIX.unpack_from(data)
     if version > VERSION:
-        raise ArtifactError(f"{where} has format version {version}, this release reads up to {VERSION}: upgrade autocompress")
+        raise ArtifactError(
+            f"{where} has format version {version}, this release reads up to {VERSION}: upgrade autocompress"
+        )
     if zlib.crc32(data[9:]) != checksum:
         raise ArtifactError(f"{where} is damaged: its checksum does not match")
     if raw_length > _MAX_HEADER or _PREFIX.size + deflated_length > len(data):
@@ -325,9 +350,14 @@ class _Reader:
         return coding, coding.choices()[index], parameters, bool(tag & 1)
 
     def decode(
-        self, state: CoderState, shape: tuple[int, ...], coding: Coding, choice: Choice,
-        parameters: tuple[float, ...], transposed: bool,
-    ) -> StoredTensor:  # fmt: skip
+        self,
+        state: CoderState,
+        shape: tuple[int, ...],
+        coding: Coding,
+        choice: Choice,
+        parameters: tuple[float, ...],
+        transposed: bool,
+    ) -> StoredTensor:
         before = state.position
         codes = np.zeros(shape, np.int32)
         matrix, kernel = matrix_of(codes)

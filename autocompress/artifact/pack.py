@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.anatomy import layer_name
-from autocompress.artifact.container import Artifact, Plan, decode_artifact, encode_artifact, read_artifact
+from autocompress.artifact.container import (
+    Artifact,
+    Plan,
+    decode_artifact,
+    encode_artifact,
+    read_artifact,
+)
 from autocompress.errors import ArtifactError
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.surgery import assign, tensors

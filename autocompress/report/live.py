@@ -81,7 +81,12 @@ class LiveView:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -102,7 +107,8 @@ class LiveView:
         began, first = self._first or (0.0, 0)
         count, passed = progress.done - first, progress.seconds - began
         if count > 0:
-            text += f", {60 * count / passed:.1f} a minute, {duration((progress.budget - progress.done) * passed / count)} left"
+            left = duration((progress.budget - progress.done) * passed / count)
+            text += f", {60 * count / passed:.1f} a minute, {left} left"
         else:
             text += ", time left: known after the first trial"
         return text + (f", {progress.failed} failed" if progress.failed else "")

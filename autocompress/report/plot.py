@@ -22,15 +22,40 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
         figure = Figure(figsize=(7.2, 4.3), layout="constrained")
         axes = figure.add_subplot()
         sizes = [p.size_bytes for p in front.points]
-        axes.step(sizes, [100 * p.val_accuracy for p in front.points], where="post", color=blue, lw=1.2, alpha=0.6)
-        axes.plot(sizes, [100 * p.val_accuracy for p in front.points], "o", color=blue, ms=6, label="validation (selects)")
+        axes.step(
+            sizes,
+            [100 * p.val_accuracy for p in front.points],
+            where="post",
+            color=blue,
+            lw=1.2,
+            alpha=0.6,
+        )
+        axes.plot(
+            sizes,
+            [100 * p.val_accuracy for p in front.points],
+            "o",
+            color=blue,
+            ms=6,
+            label="validation (selects)",
+        )
         tested = [p for p in front.points if p.test_accuracy is not None]
         axes.plot(
-            [p.size_bytes for p in tested], [100 * float(p.test_accuracy or 0) for p in tested], "x", color=orange, ms=6,
+            [p.size_bytes for p in tested],
+            [100 * float(p.test_accuracy or 0) for p in tested],
+            "x",
+            color=orange,
+            ms=6,
             label="test (reported)",
-        )  # fmt: skip
+        )
         base = front.base
-        axes.plot(base.size_bytes, 100 * base.val_accuracy, "s", color=grey, ms=8, label="original, float32")
+        axes.plot(
+            base.size_bytes,
+            100 * base.val_accuracy,
+            "s",
+            color=grey,
+            ms=8,
+            label="original, float32",
+        )
         axes.axhline(100 * base.val_accuracy, color=grey, lw=0.8, ls=":")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
@@ -43,9 +68,12 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             ratio = base.size_bytes / knee.size_bytes
             axes.annotate(
                 f"knee: {format_size(knee.size_bytes)}, 1/{ratio:.0f}",
-                (knee.size_bytes, 100 * knee.val_accuracy), (14, -24), textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": blue}, color=blue,
-            )  # fmt: skip
+                (knee.size_bytes, 100 * knee.val_accuracy),
+                (14, -24),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": blue},
+                color=blue,
+            )
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", frameon=False)

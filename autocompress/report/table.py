@@ -10,18 +10,34 @@ from autocompress.front import ParetoFront
 def front_table(front: ParetoFront) -> Table:
     """One row a file, largest first; the first row is the original."""
     table = Table(title=f"{front.task}: {len(front)} files on the front", title_justify="left")
-    for name, justify in (("bytes", "right"), ("ratio", "right"), ("val", "right"), ("test", "right"), ("trial", "right"), ("file", "left")):
+    for name, justify in (
+        ("bytes", "right"),
+        ("ratio", "right"),
+        ("val", "right"),
+        ("test", "right"),
+        ("trial", "right"),
+        ("file", "left"),
+    ):
         table.add_column(name, justify=justify, no_wrap=name != "file", overflow="fold")  # type: ignore[arg-type]
     base = front.base
     table.add_row(
-        f"{base.size_bytes:,}", "1", f"{base.val_accuracy:.4f}", f"{base.test_accuracy:.4f}", "", "float32 state_dict",
+        f"{base.size_bytes:,}",
+        "1",
+        f"{base.val_accuracy:.4f}",
+        f"{base.test_accuracy:.4f}",
+        "",
+        "float32 state_dict",
         style="dim",
-    )  # fmt: skip
+    )
     for point in reversed(front.points):
         test = "" if point.test_accuracy is None else f"{point.test_accuracy:.4f}"
         ratio = base.size_bytes / point.size_bytes
         table.add_row(
-            f"{point.size_bytes:,}", f"1/{ratio:.1f}" if ratio < 10 else f"1/{ratio:.0f}",
-            f"{point.val_accuracy:.4f}", test, str(point.trial), str(point.path),
-        )  # fmt: skip
+            f"{point.size_bytes:,}",
+            f"1/{ratio:.1f}" if ratio < 10 else f"1/{ratio:.0f}",
+            f"{point.val_accuracy:.4f}",
+            test,
+            str(point.trial),
+            str(point.path),
+        )
     return table

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +20,19 @@ from torch import nn
 
 import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.artifact import load, write_file
-from autocompress.errors import AutocompressError, RunError, TargetError, TaskError
+from autocompress.errors import RunError, TargetError, TaskError
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
 from autocompress.search import engine
 from autocompress.search.profile import Profile
 from autocompress.search.run_folder import (
-    BASE, LOG, PROFILE, create_run, existing_run, read_config, write_config,
-)  # fmt: skip
+    BASE,
+    LOG,
+    PROFILE,
+    create_run,
+    existing_run,
+    read_config,
+    write_config,
+)
 from autocompress.search.samplers import check_sampler, make_sampler
 from autocompress.search.scheduler import is_dominated
 from autocompress.search.study import SearchStudy
@@ -34,7 +40,16 @@ from autocompress.sizes import format_size, parse_size
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.surgery import assign, tensors
 from autocompress.task import Task, check_task, load_task, measure
-from autocompress.trial import ARTIFACT, CHECKPOINT, RECIPE, Rung, TrialResult, TrialSpec, Workshop, seed_everything
+from autocompress.trial import (
+    ARTIFACT,
+    CHECKPOINT,
+    RECIPE,
+    Rung,
+    TrialResult,
+    TrialSpec,
+    Workshop,
+    seed_everything,
+)
 
 Sampler = Literal["frontier", "tpe", "nsga2", "random"]
 MAX_FRUITLESS = 3
@@ -105,9 +120,13 @@ def search(
 
 
 def resume(
-    run: str | Path, *, task: Task | None = None, budget: int | None = None, workers: int | None = None,
+    run: str | Path,
+    *,
+    task: Task | None = None,
+    budget: int | None = None,
+    workers: int | None = None,
     listener: Listener | None = None,
-) -> ParetoFront:  # fmt: skip
+) -> ParetoFront:
     """Go on with a run after a crash, a kill, or with a larger `budget`; finished trials are kept.
 
     task: needed when the run was started with a Task object instead of a name.
@@ -151,16 +170,28 @@ class WorkerPlan:
         import cloudpickle
 
         task = load_task(self.task) if isinstance(self.task, str) else self.task
-        return Workshop(task, cloudpickle.loads(self.model), self.space, Path(self.folder), self.seed, self.device)
+        return Workshop(
+            task,
+            cloudpickle.loads(self.model),
+            self.space,
+            Path(self.folder),
+            self.seed,
+            self.device,
+        )
 
 
 class Controller:
     """One run. Implements the engine's Supply; knows studies and files, but no layer of torch."""
 
     def __init__(
-        self, folder: Path, task: Task, rules: SearchSpace, settings: dict[str, Any], listener: Listener | None,
+        self,
+        folder: Path,
+        task: Task,
+        rules: SearchSpace,
+        settings: dict[str, Any],
+        listener: Listener | None,
         named: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.task, self.rules, self.settings = folder, task, rules, settings
         self.listener = listener
         self.named = named
@@ -174,7 +205,11 @@ class Controller:
         self.original = self._original()
         check_task(task, self.original)
         path = folder / BASE
-        self.base = Base(path.stat().st_size, measure(task, self.original, "val"), measure(task, self.original, "test"))
+        self.base = Base(
+            path.stat().st_size,
+            measure(task, self.original, "val"),
+            measure(task, self.original, "test"),
+        )
         self._check_accuracy_target()
         self._tell("reading the model")
         probe = Workshop(task, self.original, BoundSpace(()), folder, self.seed, _device())
@@ -215,7 +250,10 @@ class Controller:
             self._tell("training the original model")
             self.task.pretrain(model)
         model.eval()
-        write_file(path, save({key: value.cpu().contiguous().clone() for key, value in tensors(model).items()}))
+        write_file(
+            path,
+            save({key: value.cpu().contiguous().clone() for key, value in tensors(model).items()}),
+        )
         return model
 
     def _profile(self) -> Profile:
@@ -229,9 +267,14 @@ class Controller:
     def run(self) -> ParetoFront:
         assert self.base is not None
         sampler = make_sampler(
-            self.settings["sampler"], self.profile, self.budget, self.base.val_accuracy, self.seed,
-            self.settings["max_size_bytes"], self.settings["min_accuracy"],
-        )  # fmt: skip
+            self.settings["sampler"],
+            self.profile,
+            self.budget,
+            self.base.val_accuracy,
+            self.seed,
+            self.settings["max_size_bytes"],
+            self.settings["min_accuracy"],
+        )
         self.study = SearchStudy(self.folder, self.space, self.budget, sampler)
         try:
             self.study.recover()
@@ -250,13 +293,19 @@ class Controller:
         workers = self.settings["workers"] or (gpus or min(os.cpu_count() or 1, 8))
         model = cloudpickle.dumps(self.original.cpu())
         plan = WorkerPlan(
-            self.task.name if self.named else self.task, model, self.space, str(self.folder.resolve()), self.seed, _device()
-        )  # fmt: skip
+            self.task.name if self.named else self.task,
+            model,
+            self.space,
+            str(self.folder.resolve()),
+            self.seed,
+            _device(),
+        )
         try:
             payload = cloudpickle.dumps(plan)
         except Exception as error:
             raise TaskError(
-                f"task {self.task.name!r} cannot be sent to workers ({error}); name it as package.module:function instead"
+                f"task {self.task.name!r} cannot be sent to workers ({error}); "
+                "name it as package.module:function instead"
             ) from error
         ray_folder = engine.start_ray(workers)
         try:
@@ -264,7 +313,14 @@ class Controller:
             while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS:
                 before = len(self.study.complete())
                 scratch = Path(tempfile.mkdtemp(dir=ray_folder))
-                engine.run_trials(payload, self, remaining, min(workers, remaining), gpus / workers if gpus else 0, scratch)
+                engine.run_trials(
+                    payload,
+                    self,
+                    remaining,
+                    min(workers, remaining),
+                    gpus / workers if gpus else 0,
+                    scratch,
+                )
                 self._fail_lost()
                 fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
         finally:
@@ -284,7 +340,11 @@ class Controller:
         assert self.study is not None
         spec = self.study.ask()
         if spec is not None:
-            self.log.info("trial %d: starts from %s", spec.number, "the original" if spec.parent is None else spec.parent)
+            self.log.info(
+                "trial %d: starts from %s",
+                spec.number,
+                "the original" if spec.parent is None else spec.parent,
+            )
             self._tell("searching")
         return spec
 
@@ -296,7 +356,12 @@ class Controller:
     def finished(self, number: int, result: TrialResult) -> None:
         assert self.study is not None
         self.study.tell(number, result)
-        self.log.info("trial %d: %d bytes, validation accuracy %.4f", number, result.size_bytes, result.val_accuracy)
+        self.log.info(
+            "trial %d: %d bytes, validation accuracy %.4f",
+            number,
+            result.size_bytes,
+            result.val_accuracy,
+        )
         self._drop_checkpoints()
         self._write_front(self._front(final=False))
         self._tell("searching")
@@ -343,11 +408,17 @@ class Controller:
             test = measure(self.task, load(path, self.task.build), "test") if final else None
             points.append(
                 FrontPoint(
-                    trial.number, path.stat().st_size, trial.values[1], test, artifact,
+                    trial.number,
+                    path.stat().st_size,
+                    trial.values[1],
+                    test,
+                    artifact,
                     json.loads((self.workshop.trial_folder(trial.number) / RECIPE).read_text()),
-                    trial.user_attrs.get("parent"), round(float(trial.user_attrs["seconds"]), 3), self.folder,
+                    trial.user_attrs.get("parent"),
+                    round(float(trial.user_attrs["seconds"]), 3),
+                    self.folder,
                 )
-            )  # fmt: skip
+            )
         return ParetoFront(self.task.name, self.rules.name, self.seed, self.base, tuple(points), self.folder)
 
     def _write_front(self, front: ParetoFront) -> None:
@@ -378,7 +449,18 @@ class Controller:
             complete = self.study.complete()
             failed = sum(1 for t in self.study.trials() if t.user_attrs.get("error"))
             points = tuple((int(t.values[0]), float(t.values[1])) for t in complete)
-        self.listener(Progress(phase, self.folder, done, failed, self.budget, time.monotonic() - self.began, self.base, points))
+        self.listener(
+            Progress(
+                phase,
+                self.folder,
+                done,
+                failed,
+                self.budget,
+                time.monotonic() - self.began,
+                self.base,
+                points,
+            )
+        )
 
 
 def _open_log(folder: Path) -> logging.Logger:

@@ -60,10 +60,15 @@ def start_ray(workers: int) -> Path:
 
     try:
         ray.init(
-            address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.ERROR, _node_ip_address=LOOPBACK, _temp_dir=str(folder / "ray"),
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(folder / "ray"),
             object_store_memory=256 * 2**20,
-        )  # fmt: skip
+        )
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise RunError(f"Ray did not start: {error}") from error
@@ -88,24 +93,29 @@ def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpu
 
     numbers: dict[str, int] = {}
     trainable = tune.with_resources(
-        tune.with_parameters(TrialWorker, payload=payload), {"cpu": 1, **({"gpu": gpus} if gpus else {})}
+        tune.with_parameters(TrialWorker, payload=payload),
+        {"cpu": 1, **({"gpu": gpus} if gpus else {})},
     )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=Proposals(supply, numbers), scheduler=Rungs(supply, numbers), num_samples=remaining,
-            max_concurrent_trials=workers, reuse_actors=True,
+            search_alg=Proposals(supply, numbers),
+            scheduler=Rungs(supply, numbers),
+            num_samples=remaining,
+            max_concurrent_trials=workers,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(scratch), verbose=0,
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
-    )  # fmt: skip
+    )
     try:
         tuner.fit()
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception:
         logging.getLogger("autocompress").warning("a Tune run ended early:\n%s", traceback.format_exc())
-

@@ -16,9 +16,13 @@ Allowed = Mapping[str, tuple[Choice, ...]]
 
 
 def plan(
-    profile: Profile, effects: Effects, target_bytes: float, start: Mapping[str, Choice], allowed: Allowed,
+    profile: Profile,
+    effects: Effects,
+    target_bytes: float,
+    start: Mapping[str, Choice],
+    allowed: Allowed,
     predict: Callable[[Mapping[str, Choice]], float] | None = None,
-) -> dict[str, Choice]:  # fmt: skip
+) -> dict[str, Choice]:
     """The recipe of least total effect whose predicted bytes are at most `target_bytes`.
 
     start: the point to leave from; what is not in `allowed` stays as there. predict: bytes of a recipe,
@@ -43,7 +47,7 @@ def plan(
 
 def _relax(
     profile: Profile, effects: Effects, price: float, start: Mapping[str, Choice], allowed: Allowed
-) -> dict[str, Choice]:  # fmt: skip
+) -> dict[str, Choice]:
     """Coordinate descent on effect + price x bytes from `start`."""
     chosen = dict(start)
     for _ in range(3):

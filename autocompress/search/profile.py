@@ -8,7 +8,7 @@ from typing import Any
 
 from autocompress.anatomy import Anatomy
 from autocompress.recipe import MODEL, Choice
-from autocompress.space import BoundSpace
+from autocompress.space import BoundDimension, BoundSpace
 
 Chosen = Mapping[str, Choice]
 """key ("site:dimension") -> choice, complete: one for every dimension of the space."""
@@ -42,7 +42,11 @@ class Profile:
         self.layers: dict[str, LayerCost] = {}
         for layer in anatomy.layers:
             # the order of the keys is the order in which the table was measured
-            keys = tuple(d.key for d in space if d.site == layer.name and d.name not in ("channels", "activation_bits", "activation"))
+            keys = tuple(
+                d.key
+                for d in space
+                if d.site == layer.name and d.name not in ("channels", "activation_bits", "activation")
+            )
             groups = tuple(f"{g}:channels" for g in layer.groups if g in grouped)
             self.layers[layer.name] = LayerCost(layer.name, groups, keys, measured["layer_bytes"][layer.name])
         self.touches: dict[str, list[str]] = {d.key: [] for d in space}
@@ -88,6 +92,10 @@ class Profile:
         """About the smallest file that the space can reach: every dimension at its cheapest choice."""
         chosen = self.default()
         for _ in range(2):
-            for d in self.space:
-                chosen[d.key] = min(d.choices, key=lambda c, k=d.key: self.affected_bytes(k, {**chosen, k: c}))  # type: ignore[misc]
+            for dimension in self.space:
+                chosen[dimension.key] = self._cheapest(dimension, chosen)
         return self.predict(chosen)
+
+    def _cheapest(self, dimension: BoundDimension, chosen: Chosen) -> Choice:
+        key = dimension.key
+        return min(dimension.choices, key=lambda choice: self.affected_bytes(key, {**chosen, key: choice}))

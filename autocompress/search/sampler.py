@@ -42,7 +42,8 @@ class Point:
     def __init__(self, trial: FrozenTrial) -> None:
         self.number = trial.number
         self.chosen: dict[str, Choice] = dict(trial.params)
-        self.size, self.accuracy = trial.values
+        self.size: float = trial.values[0]
+        self.accuracy: float = trial.values[1]
         self.effects: dict[str, dict[str, float]] = trial.user_attrs.get("effects", {})
         self.parent: int | None = trial.user_attrs.get("parent")
 
@@ -55,10 +56,20 @@ class FrontierSampler(BaseSampler):
     lineage = True
 
     def __init__(
-        self, profile: Profile, budget: int, base_accuracy: float, seed: int = 0,
-        max_size_bytes: float | None = None, min_accuracy: float | None = None,
-    ) -> None:  # fmt: skip
-        self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
+        self,
+        profile: Profile,
+        budget: int,
+        base_accuracy: float,
+        seed: int = 0,
+        max_size_bytes: float | None = None,
+        min_accuracy: float | None = None,
+    ) -> None:
+        self.profile, self.budget, self.base_accuracy, self.seed = (
+            profile,
+            budget,
+            base_accuracy,
+            seed,
+        )
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in profile.space}
 
@@ -69,13 +80,13 @@ class FrontierSampler(BaseSampler):
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         assert isinstance(param_distribution, CategoricalDistribution)
         return random.Random(f"{self.seed} {trial.number} {param_name}").choice(param_distribution.choices)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         trials = study.get_trials(deepcopy=False)
         done = [Point(t) for t in trials if t.state == TrialState.COMPLETE]
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
@@ -90,7 +101,7 @@ class FrontierSampler(BaseSampler):
 
     def propose(
         self, done: Sequence[Point], running: Sequence[FrozenTrial], number: int, rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:  # fmt: skip
+    ) -> tuple[dict[str, Choice], int | None, float, float]:
         """(recipe, parent, bytes aimed at, bytes predicted)."""
         aimed = [float(t.user_attrs["target_bytes"]) for t in running if "target_bytes" in t.user_attrs]
         targets = self.walk_targets()
@@ -141,7 +152,7 @@ class FrontierSampler(BaseSampler):
 
     def _step(
         self, done: Sequence[Point], target: float, rng: random.Random, noise: float, parent: Point | None = None
-    ) -> tuple[dict[str, Choice], int | None, float, float]:  # fmt: skip
+    ) -> tuple[dict[str, Choice], int | None, float, float]:
         """A planned recipe of about `target` bytes, around the best ancestor."""
         parent = parent or self._ancestor(done, target)
         start = dict(parent.chosen) if parent else self.profile.default()
@@ -152,13 +163,13 @@ class FrontierSampler(BaseSampler):
 
         chosen = plan(
             self.profile, self._effects(parent, rng, noise), target, start, self._allowed(parent, noise > 0), predict
-        )  # fmt: skip
+        )
         self._train_choices(chosen, parent, rng)
         return chosen, parent.number if parent else None, target, predict(chosen)
 
     def _refine(
         self, front: list[Point], done: Sequence[Point], aimed: list[float], rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:  # fmt: skip
+    ) -> tuple[dict[str, Choice], int | None, float, float]:
         parent, room = self._where(front, done, aimed, rng)
         kind = rng.random()
         smaller = [p for p in front if p.size < parent.size]
@@ -171,13 +182,11 @@ class FrontierSampler(BaseSampler):
 
     def _crossover(
         self, larger: Point, smaller: Point, done: Sequence[Point], rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:  # fmt: skip
+    ) -> tuple[dict[str, Choice], int | None, float, float]:
         """Each layer from one of two neighbours on the front; weights from the one whose channels allow."""
         sites = {key.rpartition(":")[0] for key in self.dimensions}
         pick = {site: rng.random() < 0.5 for site in sorted(sites)}
-        chosen = {
-            key: (smaller if pick[key.rpartition(":")[0]] else larger).chosen[key] for key in self.dimensions
-        }
+        chosen = {key: (smaller if pick[key.rpartition(":")[0]] else larger).chosen[key] for key in self.dimensions}
         parent = larger if self._can_start_from(larger, chosen) else None
         if parent is None:
             for key in chosen:
@@ -190,7 +199,7 @@ class FrontierSampler(BaseSampler):
 
     def _polish(
         self, front: list[Point], done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:  # fmt: skip
+    ) -> tuple[dict[str, Choice], int | None, float, float]:
         """Train a front member on: the one with most to win that was not trained on yet."""
         busy = {t.user_attrs.get("parent") for t in running}
         trained = {p.parent for p in done if p.parent is not None and self._same_model(p, done)}
@@ -230,7 +239,7 @@ class FrontierSampler(BaseSampler):
 
     def _where(
         self, front: list[Point], done: Sequence[Point], aimed: list[float], rng: random.Random
-    ) -> tuple[Point, float]:  # fmt: skip
+    ) -> tuple[Point, float]:
         """A front member to start from, and the share of its size at which the next smaller one lies."""
         useful = [p for p in front if self._useful(p)] or front
         weights = []
@@ -282,7 +291,9 @@ class FrontierSampler(BaseSampler):
                 rise = max(base.get(choice, 0.0) - zero, 1e-5)
                 scale = min(max((effect + 1e-5) / rise, 0.02), 50.0)
             scale *= math.exp(noise * rng.gauss(0, 1))
-            out[key] = {c: max(e - zero, -zero * 0.5) * scale + (0.0 if c == present else 1e-6) for c, e in base.items()}
+            out[key] = {
+                c: max(e - zero, -zero * 0.5) * scale + (0.0 if c == present else 1e-6) for c, e in base.items()
+            }
         return out
 
     def _allowed(self, parent: Point | None, both_ways: bool) -> dict[str, tuple[Choice, ...]]:

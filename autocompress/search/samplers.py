@@ -25,9 +25,14 @@ def check_sampler(name: str) -> None:
 
 
 def make_sampler(
-    name: str, profile: Profile, budget: int, base_accuracy: float, seed: int,
-    max_size_bytes: float | None, min_accuracy: float | None,
-) -> BaseSampler:  # fmt: skip
+    name: str,
+    profile: Profile,
+    budget: int,
+    base_accuracy: float,
+    seed: int,
+    max_size_bytes: float | None,
+    min_accuracy: float | None,
+) -> BaseSampler:
     """Constraints focus every sampler: ours aims at them, Optuna's treat them as constraints."""
     check_sampler(name)
     if name == "frontier":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -41,13 +41,16 @@ class SearchStudy:
         except OSError:
             raise RunError(f"run {str(folder)!r} is in use by another process: wait for it or stop it") from None
         self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))), study_name=STUDY_NAME,
-            directions=["minimize", "maximize"], sampler=sampler, load_if_exists=True,
-        )  # fmt: skip
+            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+            study_name=STUDY_NAME,
+            directions=["minimize", "maximize"],
+            sampler=sampler,
+            load_if_exists=True,
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.study.set_metric_names(["size_bytes", "val_accuracy"])
-        self._distributions = {d.key: CategoricalDistribution(d.choices) for d in space}
+        self._distributions: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in space}
 
     def close(self) -> None:
         self._lock.close()

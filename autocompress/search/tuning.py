@@ -20,7 +20,7 @@ from autocompress.search.engine import Supply
 from autocompress.trial import Rung, TrialResult, TrialSpec
 
 
-class Proposals(Searcher):  # type: ignore[misc]
+class Proposals(Searcher):
     """Tune's view of the supply; pickles nothing of it. numbers: Tune's trial id -> trial number."""
 
     def __init__(self, supply: Supply, numbers: dict[str, int]) -> None:
@@ -62,11 +62,10 @@ class Proposals(Searcher):  # type: ignore[misc]
         return {}
 
 
-class Rungs(FIFOScheduler):  # type: ignore[misc]
+class Rungs(FIFOScheduler):
     """Stops what the controller calls dominated."""
 
     def __init__(self, supply: Supply, numbers: dict[str, int]) -> None:
-        super().__init__()
         self._supply, self._numbers = supply, numbers
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -80,7 +79,7 @@ class Rungs(FIFOScheduler):  # type: ignore[misc]
         return {}
 
 
-class TrialWorker(tune.Trainable):  # type: ignore[misc]
+class TrialWorker(tune.Trainable):
     """Runs one trial after another in one process; nothing of a trial outlives it."""
 
     def setup(self, config: dict[str, Any], payload: bytes = b"") -> None:
@@ -110,9 +109,15 @@ class TrialWorker(tune.Trainable):  # type: ignore[misc]
         try:
             event = next(self._events)
         except Exception:
-            return {"event": json.dumps({"kind": "error", "value": traceback.format_exc()}), "done": True}
+            return {
+                "event": json.dumps({"kind": "error", "value": traceback.format_exc()}),
+                "done": True,
+            }
         done = isinstance(event, TrialResult)
-        return {"event": json.dumps({"kind": "result" if done else "rung", "value": asdict(event)}), "done": done}
+        return {
+            "event": json.dumps({"kind": "result" if done else "rung", "value": asdict(event)}),
+            "done": done,
+        }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: a trial that is interrupted is run again."""

@@ -34,13 +34,15 @@ class Residual(nn.Module):
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
                 OrderedDict(
-                    conv=nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm=nn.BatchNorm2d(outputs)
+                    conv=nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                    norm=nn.BatchNorm2d(outputs),
                 )
             )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
-        return self.relu2(y + self.shortcut(x))
+        out: Tensor = self.relu2(y + self.shortcut(x))
+        return out
 
 
 def residual_net() -> nn.Module:
@@ -92,13 +94,13 @@ def digits() -> Task:
     def train_batches() -> list[tuple[Tensor, Tensor]]:
         part = SPLIT["train"]
         order = torch.randperm(part.stop - part.start)
-        return [(augment(images[part][i]), labels[part][i]) for i in order.split(BATCH)]
+        return [(augment(images[part][i]), labels[part][i]) for i in torch.split(order, BATCH)]
 
     def whole(split: str) -> list[tuple[Tensor, Tensor]]:
         return [(images[SPLIT[split]], labels[SPLIT[split]])]
 
     def pretrain(model: nn.Module) -> None:
-        epochs = 30
+        epochs = 40
         steps = epochs * -(-SPLIT["train"].stop // BATCH)
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -107,7 +109,7 @@ def digits() -> Task:
             for inputs, target in train_batches():
                 loss = nn.functional.cross_entropy(model(inputs), target)
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
         model.eval()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy, Run
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
-from autocompress.techniques.base import StructureTechnique, register
+from autocompress.techniques.base import StructureTechnique, register, straight_through
 
 SUBMODULE = "input_quantizer"
 
@@ -40,7 +40,7 @@ class InputQuantizer(nn.Module):
         step = ((high - low) / (2**self.bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
         rounded = ((x - low) / step).round().clamp(0, 2**self.bits - 1) * step + low
         clipped = torch.minimum(torch.maximum(x, low), high)
-        return clipped + (rounded - clipped).detach() if torch.is_grad_enabled() else rounded
+        return straight_through(rounded, clipped)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:

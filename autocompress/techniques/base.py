@@ -153,7 +153,7 @@ class TrainingTechnique(Technique):
 class _CodingDimension:
     """The union of codings as one dimension of the space."""
 
-    default = "float32"
+    default: Choice = "float32"
 
     def __init__(self, name: str, about: str, sites: Callable[[Anatomy], Sequence[str]]) -> None:
         self.name, self.about, self.sites = name, about, sites

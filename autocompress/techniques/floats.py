@@ -16,7 +16,13 @@ from torch import Tensor
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Coded, Coding, register, straight_through
 
-_LAYOUTS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7), "e8m5": (8, 5), "e8m3": (8, 3)}
+_LAYOUTS = {
+    "float32": (8, 23),
+    "float16": (5, 10),
+    "bfloat16": (8, 7),
+    "e8m5": (8, 5),
+    "e8m3": (8, 3),
+}
 
 
 class Floats(Coding):
