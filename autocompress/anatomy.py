@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autocompress.surgery import owners, resizable
 
-MIN_WEIGHTS = 32
+MIN_WEIGHTS = 16
 """Tensors with fewer weights are not worth a dimension of their own."""
 
 ACTIVATIONS = (

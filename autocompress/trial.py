@@ -35,7 +35,7 @@ ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
 )
 _CALIBRATION = 192
 """Samples on which choices are probed."""
-_FAR = 0.05
+_FAR = 0.003
 """Divergence from the original (nats) from which the full learning rate is used."""
 
 

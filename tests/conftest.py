@@ -1,0 +1,176 @@
+"""Models of every kind that the house claims to handle, none of which it knows by name."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autocompress  # noqa: F401  (registers the techniques)
+from autocompress.task import Task
+
+N = 48
+torch.set_num_threads(1)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 24), nn.Linear(4, 24)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(48, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(torch.cat([self.relu(self.left(x)), self.relu(self.right(y))], 1))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.up, self.act, self.down = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)
+        self.out = nn.Linear(16, 20, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.down(self.act(self.up(self.embed(x)))).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.core = kind(8, 16, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.core(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(8, 16)
+        self.place = nn.Parameter(torch.randn(1, 6, 16) * 0.02)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.into(x) + self.place).mean(1))
+
+
+def _block(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2 = _block(1, 8), _block(8, 16)
+        self.up = nn.ConvTranspose2d(16, 8, 2, 2)
+        self.join, self.out = _block(16, 8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.down1(x)
+        second = self.down2(nn.functional.max_pool2d(first, 2))
+        return self.out(self.join(torch.cat([first, self.up(second)], 1)))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _block(1, 8)
+        self.conv1, self.norm1, self.relu1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.norm2, self.relu2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.relu2(x + self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        nn.Conv2d(8, 16, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.Hardswish(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+def conv1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(4, 8, 5, padding=2),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 8, 3),
+    )
+
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "mlp": (mlp, lambda: torch.randn(N, 1, 8, 8)),
+    "residual": (Residual, lambda: torch.randn(N, 1, 8, 8)),
+    "depthwise": (depthwise, lambda: torch.randn(N, 1, 8, 8)),
+    "conv1d": (conv1d, lambda: torch.randn(N, 4, 16)),
+    "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randn(N, 5, 8)),
+    "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randn(N, 5, 8)),
+    "transformer": (Attention, lambda: torch.randn(N, 6, 8)),
+    "unet": (UNet, lambda: torch.randn(N, 1, 8, 8)),
+    "tied": (Tied, lambda: torch.randint(0, 20, (N, 5))),
+    "two_inputs": (TwoInputs, lambda: (torch.randn(N, 8), torch.randn(N, 4))),
+}
+
+
+def zoo_task(name: str, epochs: int = 1) -> Task:
+    """A task whose targets are what the model itself says: any damage shows."""
+    torch.manual_seed(0)
+    build, inputs = ZOO[name]
+    model = build()
+    model(*batch) if isinstance(batch := inputs(), tuple) else model(batch)
+    model.eval()
+    batches = []
+    for _ in range(3):
+        data = inputs()
+        with torch.no_grad():
+            output = model(*data) if isinstance(data, tuple) else model(data)
+        batches.append((data, output.argmax(1)))
+    return Task(model, batches[:1] * 2, batches[1:2], batches[2:], epochs=epochs, name=name)
+
+
+def agree(output: Tensor, target: Tensor) -> float:
+    return (output.argmax(1) == target).float().mean().item()
+
+
+@pytest.fixture(params=sorted(ZOO))
+def any_task(request: pytest.FixtureRequest) -> Task:
+    return zoo_task(request.param)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path

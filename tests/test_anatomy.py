@@ -1,0 +1,70 @@
+"""What is read off models of every kind; pruning one channel of each group keeps them running."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from conftest import zoo_task
+
+from autocompress.anatomy import Anatomy, ChannelGraph, read_anatomy
+from autocompress.task import Task
+
+
+def anatomy_of(task: Task) -> Anatomy:
+    batch = next(task.batches("train"))
+    return read_anatomy(task.build(), lambda model: task.run(model, batch)[0])
+
+
+def test_reading_leaves_the_model_as_it_was(any_task: Task) -> None:
+    model = any_task.build()
+    before = copy.deepcopy(model.state_dict())
+    batch = next(any_task.batches("train"))
+    read_anatomy(model, lambda m: any_task.run(m, batch)[0])
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_every_group_can_be_removed(any_task: Task) -> None:
+    batch = next(any_task.batches("train"))
+
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        return any_task.run(model, batch)[0]
+
+    expected = run(any_task.build()).shape
+    for group in anatomy_of(any_task).groups:
+        model = any_task.build()
+        graph = ChannelGraph(model, run)
+        graph.remove(group.name, list(range(graph.channels(group.name) // 2)))
+        assert run(model).shape == expected
+        assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in any_task.build().parameters())
+
+
+def test_groups_of_a_residual_net_share_the_trunk() -> None:
+    anatomy = anatomy_of(zoo_task("residual"))
+    assert [(g.name, g.channels) for g in anatomy.groups] == [("stem.0", 8), ("conv1", 8)]
+    assert anatomy.layer("conv2").groups == ("stem.0", "conv1") or set(anatomy.layer("conv2").groups) == {"stem.0", "conv1"}
+    assert anatomy.left_alone == {"head": "its channels are outputs of the model"}
+
+
+def test_concatenated_channels_of_a_unet_are_separate_groups() -> None:
+    names = {g.name for g in anatomy_of(zoo_task("unet")).groups}
+    assert {"down1.0", "up"} <= names
+
+
+def test_tied_weights_are_one_layer() -> None:
+    anatomy = anatomy_of(zoo_task("tied"))
+    assert [layer.name for layer in anatomy.layers] == ["embed", "up", "down"]
+    assert "shares a weight" in anatomy.left_alone["out"]
+
+
+def test_what_cannot_be_pruned_is_reported() -> None:
+    anatomy = anatomy_of(zoo_task("transformer"))
+    assert "MultiheadAttention" in anatomy.left_alone["into"]
+    assert {g.name for g in anatomy.groups} == {"encoder.layers.0.linear1", "encoder.layers.1.linear1"}
+
+
+def test_recurrent_weights_are_layers() -> None:
+    names = {layer.name for layer in anatomy_of(zoo_task("lstm")).layers}
+    assert {"core.weight_ih_l0", "core.weight_hh_l0", "head"} <= names

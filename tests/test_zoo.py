@@ -1,0 +1,86 @@
+"""Any model: every architecture goes through a whole trial, from recipe to decoded file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autocompress.artifact import load, read_artifact
+from autocompress.recipe import Choice
+from autocompress.space import BoundSpace, SearchSpace
+from autocompress.task import Task, measure
+from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
+
+SPACE = SearchSpace.parse(
+    """
+layers:
+  "*":
+    channels: [1.0, 0.5]
+    sparsity: [0, 0.5]
+    weights: [float32, int4]
+    activation: [keep, hardtanh]
+    activation_bits: [32, 8]
+model: {vectors: [float32, e8m5]}
+"""
+)
+
+
+def workshop_of(task: Task, folder: Path) -> Workshop:
+    probe = Workshop(task, task.build(), BoundSpace(()), folder, 0)
+    return Workshop(task, task.build(), SPACE.bind(probe.anatomy), folder, 0)
+
+
+def run(workshop: Workshop, number: int, chosen: dict[str, Choice], parent: int | None = None) -> TrialResult:
+    recipe = workshop.space.recipe(chosen)
+    result = [*workshop.run(TrialSpec(number, recipe.to_json(), parent))][-1]
+    assert isinstance(result, TrialResult)
+    return result
+
+
+def test_heaviest_recipe_then_a_child_of_it(any_task: Task, tmp_path: Path) -> None:
+    workshop = workshop_of(any_task, tmp_path)
+    light = {d.key: d.choices[-1] for d in workshop.space if d.name not in ("channels", "activation")}
+    heavy = {d.key: d.choices[-1] for d in workshop.space}
+    for number, (chosen, parent) in enumerate([(light, None), (heavy, 0)]):
+        result = run(workshop, number, chosen, parent)
+        path = tmp_path / "trials" / str(number) / ARTIFACT
+        assert result.size_bytes == path.stat().st_size
+        decoded = load(path, any_task.build())
+        assert measure(any_task, decoded, "val") == result.val_accuracy
+        assert read_artifact(path).recipe.to_json() == workshop.space.recipe(chosen).to_json()
+    if workshop.anatomy.groups:
+        before = sum(p.numel() for p in workshop.original.parameters())
+        assert sum(p.numel() for p in decoded.parameters()) < before
+
+
+def test_the_lightest_recipe_is_the_model_itself(any_task: Task, tmp_path: Path) -> None:
+    any_task.epochs = 0
+    workshop = workshop_of(any_task, tmp_path)
+    result = run(workshop, 0, {})
+    assert result.val_accuracy == 1.0
+    decoded = load(tmp_path / "trials" / "0" / ARTIFACT, any_task.build())
+    (inputs, _) = next(any_task.batches("val"))
+    with torch.no_grad():
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        torch.testing.assert_close(decoded(*args), workshop.original(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_profile_covers_every_choice(any_task: Task, tmp_path: Path) -> None:
+    workshop = workshop_of(any_task, tmp_path)
+    profile = workshop.base_profile()
+    for dimension in workshop.space:
+        assert set(profile["effects"][dimension.key]) == {str(c) for c in dimension.choices}
+        assert min(profile["effects"][dimension.key].values()) >= 0
+
+
+@pytest.mark.parametrize("dimension", ["channels", "sparsity", "weights", "vectors"])
+def test_each_dimension_alone_makes_the_file_smaller(dimension: str, tmp_path: Path) -> None:
+    from conftest import zoo_task
+
+    task = zoo_task("residual", epochs=0)
+    workshop = workshop_of(task, tmp_path)
+    whole = run(workshop, 0, {}).size_bytes
+    chosen = {d.key: d.choices[-1] for d in workshop.space if d.name == dimension}
+    assert run(workshop, 1, chosen).size_bytes < whole
