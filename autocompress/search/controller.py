@@ -393,7 +393,6 @@ class Controller:
             beaten = any(o.values[0] <= size and o.values[1] > accuracy + 0.02 for o in done)
             if beaten and trial.number not in running:
                 (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
-                (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
 
     def _front(self, final: bool) -> ParetoFront:
         """The front as it stands; `final` measures the test split, once, on the decoded files."""

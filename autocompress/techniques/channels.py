@@ -37,11 +37,11 @@ class Channels(StructureTechnique):
         if not chosen:
             return
         graph = ChannelGraph(model, run)
-        for name, count in chosen.items():
-            surplus = graph.channels(name) - int(count)
-            if surplus > 0:
-                weakest = graph.importance(name).argsort(stable=True)[:surplus]
-                graph.remove(name, sorted(weakest.tolist()))
+        surplus = {name: graph.channels(name) - int(count) for name, count in chosen.items()}
+        # all judged before any is removed: removal shifts the channels of concatenations
+        importance = {name: graph.importance(name) for name, count in surplus.items() if count > 0}
+        for name, values in importance.items():
+            graph.remove(name, sorted(values.argsort(stable=True)[: surplus[name]].tolist()))
 
     def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:
         """Nothing to do: the shapes of the stored tensors tell all."""
