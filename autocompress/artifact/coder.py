@@ -62,7 +62,7 @@ class CoderState:
     def __init__(self, stream: bytes | None = None) -> None:
         self.shared = np.full(_SHARED, 32768 << 10, np.int32)
         self.local = np.full(_LOCAL, 32768 << 10, np.int32)
-        self.mixer = np.full((_SETS, _INPUTS), round(65536 * 0.32), np.int32)
+        self.mixer = np.full((_SETS, _INPUTS), round(65536 * 0.16), np.int32)
         self.seen = np.zeros(_SETS, np.int64)
         # low, range, cache, pending, position, code
         self.range = np.array([0, 0xFFFFFFFF, 0, 0, 0, 0], np.int64)
@@ -244,10 +244,10 @@ def _mixed(
     bit = _bit(rc, buffer, encode, p, bit)
     error = (65536 if bit else 0) - p
     n = seen[which]
-    gain = 3 + 40 // (1 + (n >> 5))
+    gain = 2 + 24 // (1 + (n >> 5))
     seen[which] = n + 1
     for k in range(inputs):
-        weights[which, k] += (stretched[k] * error * gain + 32768) >> 16
+        weights[which, k] += (stretched[k] * error * gain + 131072) >> 18
         if k < first_local:
             _update(shared, slots[k], bit, 255, rates)
         else:

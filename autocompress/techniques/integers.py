@@ -43,9 +43,9 @@ class Integers(Coding):
         Zeros cost nothing under any step, so pruned tensors are fitted to what is left of them.
         """
         w = weight.detach().flatten().float()
-        largest = w.abs().max()
-        if not largest > 0:
+        if not w.any():
             return torch.zeros(1)
+        largest = w.abs().max()
         if w.numel() > 65536:
             w = w[:: w.numel() // 65536 + 1]
         low, high = _limits(choice)

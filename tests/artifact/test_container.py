@@ -1,0 +1,149 @@
+"""The file: what goes in comes out, and nothing that is damaged comes in."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.artifact.container import (
+    MAGIC,
+    VERSION,
+    Plan,
+    decode_artifact,
+    decoded,
+    encode_artifact,
+    read_artifact,
+    write_file,
+)
+from autocompress.errors import ArtifactError
+from autocompress.recipe import Recipe
+from autocompress.techniques.base import coding_choices, coding_of
+
+names = st.text(st.characters(exclude_characters="\n:", exclude_categories=["C"]), min_size=1, max_size=12)
+
+
+def plan(value: torch.Tensor, choice: str) -> Plan:
+    return Plan(value, choice, coding_of(choice).initial(value, choice))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> dict[str, Plan]:
+    out = {}
+    for name in draw(st.lists(names, max_size=5, unique=True)):
+        shape = draw(st.lists(st.integers(0, 6), max_size=4))
+        torch.manual_seed(draw(st.integers(0, 99)))
+        if draw(st.booleans()):
+            value = torch.randn(shape) * (torch.rand(shape) < 0.5)
+            out[name] = plan(value, draw(st.sampled_from(sorted(map(str, coding_choices())))))
+        else:
+            out[name] = Plan(torch.randint(-5, 5, shape), "float32")
+    return out
+
+
+recipes = st.dictionaries(
+    st.tuples(names, st.sampled_from(["weights", "sparsity", "channels"])).map(lambda k: f"{k[0]}:{k[1]}"),
+    st.one_of(st.sampled_from(["int4", "float32"]), st.floats(0, 1), st.integers(0, 32)),
+    max_size=6,
+).map(Recipe.of)
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans(), recipes)
+def test_round_trip(written: dict[str, Plan], recipe: Recipe) -> None:
+    data = encode_artifact(written, recipe)
+    artifact = decode_artifact(data)
+    assert artifact.recipe == recipe
+    assert list(artifact.tensors) == list(written)
+    for name, given_plan in written.items():
+        expected, got = decoded(given_plan), artifact.tensors[name].value
+        assert got.dtype == expected.dtype
+        assert got.shape == expected.shape
+        assert torch.equal(got, expected)
+    assert artifact.size_bytes == len(data)
+    assert artifact.header_bytes + sum(t.size_bytes for t in artifact.tensors.values()) == len(data)
+
+
+def sample() -> bytes:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3)
+    layers = {f"layer{i}.weight": plan(weight * i, choice) for i, choice in enumerate(["int4", "float16", "int2"], 1)}
+    layers["steps"] = Plan(torch.tensor(7), "float32")
+    return encode_artifact(layers, Recipe.of({"layer1:weights": "int4", "model:vectors": "e8m3"}))
+
+
+def sealed(data: bytes) -> bytes:
+    """`data` with a checksum that fits: what a malicious writer would make."""
+    return data[:5] + zlib.crc32(data[9:]).to_bytes(4, "little") + data[9:]
+
+
+def test_every_truncation_and_trailing_data_is_refused() -> None:
+    data = sample()
+    for length in range(len(data)):
+        with pytest.raises(ArtifactError):
+            decode_artifact(data[:length])
+    for extra in (b"\0", b"more"):
+        with pytest.raises(ArtifactError):
+            decode_artifact(data + extra)
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    data = sample()
+    for bit in range(0, 8 * len(data), 7):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ArtifactError):
+            decode_artifact(bytes(broken))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_mutated_file_with_a_right_checksum_is_read_or_refused(data: st.DataObject) -> None:
+    broken = bytearray(sample())
+    for _ in range(data.draw(st.integers(1, 4))):
+        broken[data.draw(st.integers(9, len(broken) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(17, len(broken)))
+    try:
+        decode_artifact(sealed(bytes(broken[:cut])))
+    except ArtifactError as error:
+        assert "\n" not in str(error)
+
+
+def test_foreign_and_newer_files_are_told_apart() -> None:
+    with pytest.raises(ArtifactError, match="not an autocompress artifact"):
+        decode_artifact(b"PK\x03\x04 something else entirely")
+    newer = bytearray(sample())
+    newer[len(MAGIC)] = VERSION + 1
+    with pytest.raises(ArtifactError, match="upgrade autocompress"):
+        decode_artifact(bytes(newer))
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="No such file"):
+        read_artifact(tmp_path / "none.acz")
+    with pytest.raises(ArtifactError, match="Is a directory"):
+        read_artifact(tmp_path)
+
+
+def test_not_finite_weights_cannot_be_stored() -> None:
+    with pytest.raises(ArtifactError, match="'w' holds values that are not finite"):
+        encode_artifact({"w": Plan(torch.tensor([1.0, float("nan")]), "float32")}, Recipe())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.acz"
+    write_file(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.acz"]

@@ -1,0 +1,78 @@
+"""Models to files and back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ZOO
+from torch import nn
+
+from autocompress.artifact import load, pack, unpack
+from autocompress.artifact.pack import Weights, fold_norms
+from autocompress.errors import ArtifactError
+from autocompress.recipe import Recipe
+from autocompress.surgery import assign, tensors
+
+
+def trained(seed: int = 0) -> nn.Module:
+    """A residual net whose batch norms have seen data."""
+    torch.manual_seed(seed)
+    model = ZOO["residual"][0]()
+    for _ in range(3):
+        model(torch.randn(32, 1, 8, 8) * 2 + 1)
+    return model.eval()
+
+
+def test_folded_norms_compute_the_same() -> None:
+    model = trained()
+    folded = copy.deepcopy(model)
+    assign(folded, fold_norms(model))
+    inputs = torch.randn(16, 1, 8, 8)
+    torch.testing.assert_close(folded(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_dead_channel_folds_to_its_shift() -> None:
+    model = trained()
+    with torch.no_grad():
+        model.conv1.weight[3] = 0
+        model.norm1.running_var[3] = 0
+        model.norm1.running_mean[3] = 0
+    folded = fold_norms(model)
+    assert folded["norm1.weight"].abs().max() < 100
+    assert folded["norm1.bias"][3] == model.norm1.bias[3]
+
+
+def test_the_weights_of_the_target_model_do_not_matter() -> None:
+    model, other = trained(0), trained(1)
+    data = pack(Weights(model), Recipe())
+    inputs = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(unpack(data, other)(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(tensors(other)["conv1.weight"], tensors(model)["conv1.weight"])
+
+
+def test_tied_weights_are_stored_once_and_stay_tied() -> None:
+    model = ZOO["tied"][0]()
+    back = unpack(pack(Weights(model), Recipe()), ZOO["tied"][0])
+    assert back.out.weight is back.embed.weight
+    assert torch.equal(back.out.weight, model.out.weight)
+
+
+@pytest.mark.parametrize("other", ["mlp", "unet", "lstm"])
+def test_another_architecture_is_refused(other: str) -> None:
+    data = pack(Weights(trained()), Recipe())
+    with pytest.raises(ArtifactError, match="another architecture"):
+        unpack(data, ZOO[other][0])
+
+
+def test_a_wrong_shape_is_refused() -> None:
+    data = pack(Weights(nn.LSTM(4, 8)), Recipe())
+    with pytest.raises(ArtifactError, match="expected shape"):
+        unpack(data, nn.LSTM(4, 6))
+
+
+def test_load_takes_paths(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot read"):
+        load(f"{tmp_path}/no.acz", trained)
