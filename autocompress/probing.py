@@ -21,7 +21,7 @@ from autocompress.artifact.container import (
     encode_artifact,
     matrix_of,
 )
-from autocompress.artifact.pack import fold_norms, plans
+from autocompress.artifact.pack import fold_norms, plans, with_statistics
 from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.space import BoundSpace
@@ -34,6 +34,8 @@ from autocompress.training import divergence
 SAMPLE = 4096
 """Weights of a layer that are coded to predict its bytes; larger layers are scaled up."""
 _FEW = 16
+_RECIPE_BYTES = 6.0
+"""Bytes that the recipe and the step of a layer take in the header."""
 
 
 class Prober:
@@ -81,7 +83,8 @@ class Prober:
         if dimension == "vectors":
             model = copy.deepcopy(candidate.model)
             stored = _vector_plans(candidate, choice)
-            assign(model, fold_norms(model) | {name: decoded(plan) for name, plan in stored.items()})
+            folded = fold_norms(model) | {name: decoded(plan) for name, plan in stored.items()}
+            assign(model, with_statistics(model, folded))
             return self.distance(model)
         if dimension in structures():
             model = copy.deepcopy(candidate.model)
@@ -173,8 +176,9 @@ def vector_bytes(candidate: Candidate, space: BoundSpace) -> tuple[dict[str, flo
     """(choice of `vectors` -> bytes of everything that is not a layer, header bytes)."""
     choices = next((d.choices for d in space if d.name == "vectors"), ("float32",))
     out, header = {}, 0.0
+    layers = {layer.parameter: Plan(torch.zeros(layer.shape), "float32") for layer in candidate.anatomy.layers}
     for choice in choices:
-        artifact = decode_artifact(encode_artifact(_vector_plans(candidate, choice), candidate.recipe))
+        artifact = decode_artifact(encode_artifact(layers | _vector_plans(candidate, choice), candidate.recipe))
         out[str(choice)] = float(sum(t.size_bytes for t in artifact.tensors.values()))
-        header = artifact.header_bytes + 12.0 * len(candidate.layers)
+        header = artifact.header_bytes + _RECIPE_BYTES * len(candidate.layers)
     return out, header

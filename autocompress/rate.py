@@ -68,5 +68,5 @@ class RateModel:
 
 def _magnitude(shadow: ShadowedLayer) -> Tensor:
     """|weight| in steps, at most the largest code; float32, shape of the layer."""
-    step = shadow.learned.detach().exp()
-    return (shadow.masked() / step).abs().clamp_max(1 << shadow.coding.layout(shadow.choice)[1])
+    scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned.detach())
+    return scaled.abs().clamp_max(1 << shadow.coding.layout(shadow.choice)[1])

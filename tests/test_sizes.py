@@ -10,7 +10,7 @@ from autocompress.sizes import format_size, parse_size
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("20KB", 20_000), ("20 kb", 20_000), ("1.5MiB", 1_572_864), ("16KiB", 16_384), ("2MB", 2_000_000), (77, 77), ("9", 9)],
+    [("20KB", 20_000), ("20 kb", 20_000), ("1.5MiB", 1_572_864), ("16KiB", 16_384), ("2MB", 2_000_000), (77, 77)],
 )
 def test_units(text: str | int, size: int) -> None:
     assert parse_size(text) == size

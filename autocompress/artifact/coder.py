@@ -41,6 +41,21 @@ _SQUASH = np.array(
 )
 _RATE = np.array([round(65536 / (n + 1.6)) for n in range(1024)], dtype=np.int32)
 
+_DICTIONARY = np.frombuffer(
+    b"encoder.layers.0.self_attn.in_proj_weight\nencoder.layers.0.self_attn.in_proj_bias\nout_proj.weight\n"
+    b"out_proj.bias\nlinear1.weight\nlinear1.bias\nlinear2.weight\nlinear2.bias\nlstm.weight_ih_l0\nweight_hh_l0\n"
+    b"bias_ih_l0\nembedding.weight\nfc1.weight\nfc1.bias\nfc2.weight\nfeatures.0.conv.weight\nfeatures.0.norm.bias\n"
+    b"classifier.weight\nlayer1.0.conv1.weight\nlayer1.0.bn1.weight\nlayer1.0.bn1.bias\nlayer1.0.conv2.weight\n"
+    b"layer1.0.bn2.weight\nlayer1.0.bn2.bias\ndownsample.0.weight\nstem.conv.weight\nstem.norm.weight\n"
+    b"stem.norm.bias\nblock1.conv1.weight\nblock1.norm1.weight\nblock1.norm1.bias\nshortcut.conv.weight\n"
+    b"shortcut.norm.weight\nshortcut.norm.bias\nhead.weight\nhead.bias\n"
+    b"activation\0shardtanh\0activation\0srelu\0activation_bits\0i8\0activation_bits\0i6\0channels\0f0.5\0"
+    b"model\0precision\0sbfloat16\0rate_penalty\0f0.05\0vectors\0se8m3\0weights\0sint4\0weights\0sint3\0"
+    b"weights\0sint2\0weights\0sint8\0weights\0sfloat16\0sparsity\0f0.9\0sparsity\0f0.95\0sparsity\0f0.7\0",
+    np.uint8,
+).copy()
+"""What headers tend to say: the text model learns it before it codes."""
+
 # --- context layout: shared slots live as long as the file, local ones as long as a tensor ---
 _ZERO_INPUTS = 8
 _MAGNITUDE_INPUTS = 5
@@ -54,6 +69,10 @@ _LOCAL_FLOAT = _LOCAL_MAGNITUDE + 8 * _NODES
 _LOCAL = _LOCAL_FLOAT + 1024 + 1024 * 8
 _SETS = 48
 _INPUTS = 8
+_TEXT_SET = 47
+_TEXT_ORDERS = 6
+_TEXT_TABLE = 1 << 16
+_FLAG = 12
 
 
 class CoderState:
@@ -73,6 +92,13 @@ class CoderState:
             self.range[4] = 4
             self.range[5] = int.from_bytes(head, "big")
 
+    def _make_room(self, more: int) -> None:
+        room = self.position + more + 64
+        if len(self.buffer) < room:
+            grown = np.zeros(room, np.uint8)
+            grown[: len(self.buffer)] = self.buffer
+            self.buffer = grown
+
     def copy(self) -> CoderState:
         twin = CoderState.__new__(CoderState)
         twin.__dict__.update({key: value.copy() for key, value in self.__dict__.items()})
@@ -86,11 +112,7 @@ class CoderState:
         """
         rows, columns = values.shape
         if encode:
-            room = int(self.range[4] + self.range[3]) + values.size * (exponent + mantissa + 12) // 6 + 64
-            if len(self.buffer) < room:
-                grown = np.zeros(room, np.uint8)
-                grown[: len(self.buffer)] = self.buffer
-                self.buffer = grown
+            self._make_room(values.size * (exponent + mantissa + 12) // 6)
         self.local[:] = 32768 << 10
         counts = np.zeros(3 * columns + columns // kernel + 1, np.int32)
         _code(
@@ -112,6 +134,33 @@ class CoderState:
             _SQUASH,
             _RATE,
         )
+
+    def code_text(self, text: Array, encode: bool) -> None:
+        """Encode bytes uint8 [n], or fill them by decoding; the model knows `_DICTIONARY` beforehand."""
+        table = np.full(_TEXT_ORDERS * _TEXT_TABLE, 32768 << 10, np.int32)
+        scratch = CoderState()
+        scratch._make_room(2 * len(_DICTIONARY))
+        if encode:
+            self._make_room(2 * len(text))
+        for state, data, writes in ((scratch, _DICTIONARY, True), (self, text, encode)):
+            _code_text(
+                writes,
+                data,
+                table,
+                self.mixer,
+                self.seen,
+                state.range,
+                state.buffer,
+                _STRETCH,
+                _SQUASH,
+                _RATE,
+            )
+
+    def flag(self, value: bool, encode: bool) -> bool:
+        """Encode or decode one yes or no."""
+        if encode:
+            self._make_room(1)
+        return bool(_direct(self.range, self.buffer, encode, self.shared, _FLAG, int(value), _RATE))
 
     @property
     def position(self) -> int:
@@ -253,6 +302,61 @@ def _mixed(
         else:
             _update(local, slots[k], bit, 1000, rates)
     return bit
+
+
+@njit(cache=True)
+def _code_text(
+    encode: bool,
+    text: Array,
+    table: Array,
+    mixer: Array,
+    seen: Array,
+    rc: Array,
+    buffer: Array,
+    stretch: Array,
+    squash: Array,
+    rates: Array,
+) -> None:
+    """Bytes, each bit predicted by the 0, 1, 2, 3 and 5 bytes before and by the word so far."""
+    slots = np.zeros(8, np.int64)
+    stretched = np.zeros(8, np.int64)
+    hashes = np.zeros(6, np.int64)
+    history = np.int64(0)
+    word = np.int64(0)
+    for i in range(len(text)):
+        for order in range(5):
+            length = order if order < 4 else 5
+            hashes[order] = (history & ((1 << (8 * length)) - 1)) * 0x2F0B4C47
+        hashes[5] = word
+        node = 1
+        for k in range(7, -1, -1):
+            for order in range(6):
+                mixed = hashes[order] + node * 0x3C6EF372
+                mixed = (mixed ^ (mixed >> 15)) * 0x2545F491
+                slots[order] = order * 65536 + ((mixed >> 12) & 0xFFFF)
+            bit = _mixed(
+                rc,
+                buffer,
+                encode,
+                (text[i] >> k) & 1,
+                table,
+                table,
+                slots,
+                0,
+                6,
+                mixer,
+                seen,
+                47,
+                stretched,
+                stretch,
+                squash,
+                rates,
+            )
+            node = (node << 1) | bit
+        byte = node - 256
+        text[i] = byte
+        history = ((history << 8) | byte) & 0xFFFFFFFFFF
+        word = ((word + byte + 1) * 0x2C9277B5) & 0xFFFFFFFF if byte >= 48 else np.int64(0)
 
 
 @njit(cache=True)

@@ -1,14 +1,15 @@
 """The `.acz` file: parse and write, without a model. The format is told in docs/format.md.
 
-    magic "\\x89ACZ" | version u8 | CRC-32 of the rest u32 | header length u32 (raw) | header length
-    u32 (deflated) | header, deflated | entropy-coded stream to the end
+    magic "\\x89ACZ" | version u8 | CRC-32 of the rest u32 | header length varint | entropy-coded stream
 
-The header is packed binary: names, shapes, codings, steps and the recipe. Nothing in a file is
+The stream holds the header first (names, shapes, codings, steps and the recipe), then the tensors.
+Nothing in a file is
 executed, and no allocation is larger than the sizes that the file declares and the reader has checked.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import struct
@@ -29,17 +30,12 @@ from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged
 
 MAGIC = b"\x89ACZ"
 VERSION = 1
-_PREFIX = struct.Struct("<4sBIII")
-_MAX_HEADER = 1 << 26
+_PREFIX = struct.Struct("<4sBI")
 _MAX_ROW_KERNEL = 1 << 16
+_MAX_CONSTANT = 1 << 24
+_MAX_RANK = 8
+_TRANSPOSABLE = 1 << 20
 _EMPTY = torch.empty(0)
-_DICTIONARY = (
-    b"channels\0activation\0relu\0hardtanh\0activation_bits\0precision\0bfloat16\0rate_penalty\0"
-    b"vectors\0float16\0e8m5\0e8m3\0int8\0int6\0weights\0int5\0int4\0int3\0int2\0sparsity\0"
-    b"encoder.layers.0.self_attn.in_proj_weight\nout_proj.weight\nlinear1.weight\nlinear2.bias\n"
-    b"features.0.conv.weight\nlayer1.0.conv1.weight\nlayer1.0.bn1.weight\nrunning_mean\nrunning_var\n"
-    b"num_batches_tracked\nshortcut.norm2.bias\nconv2.weight\nhead.weight\nhead.bias\n"
-)
 CODED, CONSTANT, RAW = range(3)
 Codes = np.ndarray[Any, np.dtype[np.int32]]
 _RAW_TYPES = (
@@ -103,59 +99,81 @@ def decoded(plan: Plan) -> Tensor:
 
 def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
     """The bytes of a file that decodes to `plans`; bit-exact (see `Coding`)."""
-    writer = _Writer()
-    names = "\n".join(plans).encode()
-    writer.varint(len(plans))
-    writer.blob(names)
-    state = CoderState()
-    kinds, rest = _Writer(), _Writer()
-    for name, plan in plans.items():
-        value = plan.value.detach().cpu()
-        kinds.varint(value.ndim)
-        for length in value.shape:
-            kinds.varint(length)
+    values = {name: plan.value.detach().cpu() for name, plan in plans.items()}
+    coded: dict[str, tuple[Coding, Choice, Coded]] = {}
+    kinds = []
+    for name, value in values.items():
         if value.numel() and bool((value == value.flatten()[0]).all()):
-            kinds.varint(CONSTANT)
-            _write_raw(rest, value.flatten()[:1])
-        elif not value.is_floating_point() or value.dtype == torch.float64:
-            kinds.varint(RAW)
-            _write_raw(rest, value)
+            kinds.append(CONSTANT)
+            values[name] = decoded(plans[name])
+        elif not value.numel() or not value.is_floating_point() or value.dtype == torch.float64:
+            kinds.append(RAW)
         else:
-            kinds.varint(CODED)
-            _write_coded(rest, state, value.float(), plan, name)
-    writer.data += kinds.data + rest.data
-    _write_recipe(writer, recipe, list(plans))
-    header = bytes(writer.data)
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY)
-    deflated = packer.compress(header) + packer.flush()
-    body = struct.pack("<II", len(header), len(deflated)) + deflated + state.finish()
+            kinds.append(CODED)
+            coded[name] = _coded(name, value.float(), plans[name])
+    state = CoderState()
+    header = _header(values, kinds, coded, recipe)
+    state.code_text(np.frombuffer(header, np.uint8).copy(), True)
+    for coding, choice, tensor in coded.values():
+        _write_codes(state, tensor.codes, *coding.layout(choice))
+    length = _Writer()
+    length.varint(len(header))
+    body = bytes(length.data) + state.finish()
     return MAGIC + struct.pack("<BI", VERSION, zlib.crc32(body)) + body
 
 
-def _write_coded(rest: _Writer, state: CoderState, value: Tensor, plan: Plan, name: str) -> None:
-    coding = coding_of(plan.choice)
+def _coded(name: str, value: Tensor, plan: Plan) -> tuple[Coding, Choice, Coded]:
     if not bool(torch.isfinite(value).all()):
         raise ArtifactError(f"tensor {name!r} holds values that are not finite: it cannot be stored")
-    coded = coding.encode(value, plan.choice, plan.parameters)
-    matrix, kernel = matrix_of(coded.codes)
-    exponent, mantissa = coding.layout(plan.choice)
-    transposed = False
-    if matrix.shape[0] > 1 and kernel == 1 and matrix.size <= 1 << 20:
-        ahead, across = state.copy(), state.copy()
+    coding = coding_of(plan.choice)
+    return coding, plan.choice, coding.encode(value, plan.choice, plan.parameters)
+
+
+def _header(
+    values: dict[str, Tensor], kinds: list[int], coded: dict[str, tuple[Coding, Choice, Coded]], recipe: Recipe
+) -> bytes:
+    """Column by column: names, dimensions, lengths, kinds, codings, choices, parameters, raw values, recipe."""
+    writer = _Writer()
+    writer.varint(len(values))
+    writer.blob("\n".join(values).encode())
+    shapes = [tuple(value.shape) for value in values.values()]
+    for shape in shapes:
+        writer.varint(len(shape))
+    for place in range(max(map(len, shapes), default=0)):
+        for shape in shapes:
+            if place < len(shape):
+                writer.varint(shape[place])
+    for kind in kinds:
+        writer.varint(kind)
+    for coding, _, _ in coded.values():
+        writer.varint(coding.tag)
+    for coding, choice, _ in coded.values():
+        writer.varint(list(coding.choices()).index(choice))
+    for _, _, tensor in coded.values():
+        writer.varint(len(tensor.parameters))
+    parameters = np.array([p for _, _, tensor in coded.values() for p in tensor.parameters], "<f4")
+    writer.data += parameters.view(np.uint8).reshape(-1, 4).T.tobytes()
+    for value, kind in zip(values.values(), kinds, strict=True):
+        if kind != CODED:
+            _write_raw(writer, value.flatten()[:1] if kind == CONSTANT else value)
+    _write_recipe(writer, recipe, list(values))
+    return bytes(writer.data)
+
+
+def _write_codes(state: CoderState, codes: Codes, exponent: int, mantissa: int) -> None:
+    matrix, kernel = matrix_of(codes)
+    across = np.ascontiguousarray(matrix.T)
+    if _may_transpose(matrix, kernel):
+        ahead, turned = state.copy(), state.copy()
         ahead.code(matrix.copy(), kernel, exponent, mantissa, True)
-        across.code(np.ascontiguousarray(matrix.T), 1, exponent, mantissa, True)
-        transposed = across.position < ahead.position
-    rest.varint(coding.tag * 2 + transposed)
-    rest.varint(list(coding.choices()).index(plan.choice))
-    rest.varint(len(coded.parameters))
-    rest.data += struct.pack(f"<{len(coded.parameters)}f", *coded.parameters)
-    state.code(
-        np.ascontiguousarray(matrix.T) if transposed else matrix.copy(),
-        kernel,
-        exponent,
-        mantissa,
-        True,
-    )
+        turned.code(across.copy(), 1, exponent, mantissa, True)
+        if state.flag(turned.position < ahead.position, True):
+            matrix = across
+    state.code(matrix.copy(), kernel, exponent, mantissa, True)
+
+
+def _may_transpose(matrix: Codes, kernel: int) -> bool:
+    return matrix.shape[0] > 1 and kernel == 1 and matrix.size <= _TRANSPOSABLE
 
 
 def matrix_of(codes: Codes) -> tuple[Codes, int]:
@@ -238,24 +256,22 @@ def read_artifact(path: str | Path) -> Artifact:
 def decode_artifact(data: bytes, where: str = "artifact") -> Artifact:
     if len(data) < _PREFIX.size or not data.startswith(MAGIC):
         raise ArtifactError(f"{where} is not an autocompress artifact (.acz)")
-    _, version, checksum, raw_length, deflated_length = _PREFIX.unpack_from(data)
+    _, version, checksum = _PREFIX.unpack_from(data)
     if version > VERSION:
         raise ArtifactError(
             f"{where} has format version {version}, this release reads up to {VERSION}: upgrade autocompress"
         )
-    if zlib.crc32(data[9:]) != checksum:
+    if zlib.crc32(data[_PREFIX.size :]) != checksum:
         raise ArtifactError(f"{where} is damaged: its checksum does not match")
-    if raw_length > _MAX_HEADER or _PREFIX.size + deflated_length > len(data):
-        raise ArtifactError(f"{where} is damaged: its header has an impossible length")
-    unpacker = zlib.decompressobj(-15, _DICTIONARY)
-    try:
-        header = unpacker.decompress(data[_PREFIX.size : _PREFIX.size + deflated_length], raw_length + 1)
-    except zlib.error as error:
-        raise ArtifactError(f"{where} is damaged: its header cannot be inflated") from error
-    if len(header) != raw_length or not unpacker.eof:
-        raise ArtifactError(f"{where} is damaged: its header has another length than it declares")
-    stream = data[_PREFIX.size + deflated_length :]
-    tensors, recipe = _Reader(header, where).artifact(stream)
+    start = _Reader(data[_PREFIX.size :], where)
+    length = start.varint()
+    stream = start.data[start.at :]
+    if length > 64 * len(stream) + 4096:
+        raise ArtifactError(f"{where} is damaged: its header is longer than its length can hold")
+    header = np.zeros(length, np.uint8)
+    state = CoderState(stream)
+    state.code_text(header, False)
+    tensors, recipe = _Reader(header.tobytes(), where).artifact(state, len(stream))
     spent = sum(tensor.size_bytes for tensor in tensors.values())
     return Artifact(recipe, tensors, len(data) - spent, len(data))
 
@@ -290,84 +306,105 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.broken("a name is not text") from error
 
-    def artifact(self, stream: bytes) -> tuple[dict[str, StoredTensor], Recipe]:
+    def artifact(self, state: CoderState, length: int) -> tuple[dict[str, StoredTensor], Recipe]:
         count = self.varint()
         text = self.text()
         names = text.split("\n") if count else []
         if len(names) != count or len(set(names)) != count:
             raise self.broken("names of tensors are missing or double")
-        kinds = [self.shape_and_kind(name) for name in names]
-        weights = sum(math.prod(shape) for shape, _ in kinds)
-        if weights > MAX_WEIGHTS_PER_BYTE * (len(stream) + 64) + 64 * len(self.data):
-            constant = sum(math.prod(shape) for shape, kind in kinds if kind != CODED)
-            if weights - constant > MAX_WEIGHTS_PER_BYTE * (len(stream) + 64) or constant > 1 << 24:
-                raise self.broken("it declares more weights than its length can hold")
-        descriptions = [self.describe(name, shape, kind) for name, (shape, kind) in zip(names, kinds, strict=True)]
+        shapes = self.shapes(names)
+        kinds = [self.varint() for _ in names]
+        if max(kinds, default=0) > RAW:
+            raise self.broken("a tensor has an unknown kind")
+        self.bound(shapes, kinds, length)
+        codings = self.codings(kinds.count(CODED))
+        plain = {
+            name: self.plain(name, shape, kind)
+            for name, shape, kind in zip(names, shapes, kinds, strict=True)
+            if kind != CODED
+        }
         recipe = self.recipe(names)
         if self.at != len(self.data):
             raise self.broken("its header is longer than its content")
-        state = CoderState(stream)
-        tensors = {}
-        for name, (shape, _), description in zip(names, kinds, descriptions, strict=True):
-            if isinstance(description, StoredTensor):
-                tensors[name] = description
-            else:
-                tensors[name] = self.decode(state, shape, *description)
-        if state.position > len(stream) + 8 or state.position < len(stream):
+        following = iter(codings)
+        tensors = {
+            name: plain[name] if name in plain else self.decode(state, shape, *next(following))
+            for name, shape in zip(names, shapes, strict=True)
+        }
+        if not length <= state.position <= length + 8:
             raise self.broken("its stream has another length than its tensors")
         return tensors, recipe
 
-    def shape_and_kind(self, name: str) -> tuple[tuple[int, ...], int]:
-        dimensions = self.varint()
-        if dimensions > 8:
-            raise self.broken(f"tensor {name!r} has {dimensions} dimensions")
-        shape = tuple(self.varint() for _ in range(dimensions))
-        kind = self.varint()
-        if math.prod(shape) >= 1 << 40 or kind > RAW or max(shape[2:], default=0) > _MAX_ROW_KERNEL:
-            raise self.broken(f"tensor {name!r} has an impossible shape or kind")
-        return shape, kind
+    def shapes(self, names: list[str]) -> list[tuple[int, ...]]:
+        ranks = [self.varint() for _ in names]
+        for name, rank in zip(names, ranks, strict=True):
+            if rank > _MAX_RANK:
+                raise self.broken(f"tensor {name!r} has {rank} dimensions")
+        shapes: list[list[int]] = [[] for _ in names]
+        for place in range(max(ranks, default=0)):
+            for shape, rank in zip(shapes, ranks, strict=True):
+                if place < rank:
+                    shape.append(self.varint())
+        for name, shape in zip(names, shapes, strict=True):
+            if math.prod(shape) >= 1 << 40 or max(shape[2:], default=0) > _MAX_ROW_KERNEL:
+                raise self.broken(f"tensor {name!r} has an impossible shape")
+        return [tuple(shape) for shape in shapes]
 
-    def describe(
-        self, name: str, shape: tuple[int, ...], kind: int
-    ) -> StoredTensor | tuple[Coding, Choice, tuple[float, ...], bool]:
-        if kind != CODED:
-            number = self.varint()
-            if number > len(_RAW_TYPES):
-                raise self.broken(f"tensor {name!r} has an unknown type")
-            dtype = (*_RAW_TYPES, torch.float32)[number]
-            elements = 1 if kind == CONSTANT else math.prod(shape)
-            data = self.take(elements * dtype.itemsize)
-            value = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            full = value.expand(math.prod(shape)).clone() if kind == CONSTANT else value
-            return StoredTensor(full.view(shape), "constant" if kind == CONSTANT else "raw")
-        tag = self.varint()
-        coding = coding_tagged(tag >> 1)
-        index = self.varint()
-        if coding is None or index >= len(coding.choices()):
-            raise self.broken(f"tensor {name!r} has an unknown coding")
-        count = self.varint()
-        parameters = struct.unpack(f"<{count}f", self.take(4 * count))
-        return coding, coding.choices()[index], parameters, bool(tag & 1)
+    def bound(self, shapes: list[tuple[int, ...]], kinds: list[int], length: int) -> None:
+        """No allocation before the declared sizes are known to be possible."""
+        counts = [(math.prod(shape), kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        if (
+            sum(count for count, kind in counts if kind == CODED) > MAX_WEIGHTS_PER_BYTE * (length + 64)
+            or sum(count for count, kind in counts if kind == CONSTANT) > _MAX_CONSTANT
+            or sum(count for count, kind in counts if kind == RAW) > len(self.data)
+        ):
+            raise self.broken("it declares more weights than its length can hold")
+
+    def codings(self, count: int) -> list[tuple[Coding, Choice, tuple[float, ...]]]:
+        codings = []
+        for tag in [self.varint() for _ in range(count)]:
+            coding = coding_tagged(tag)
+            if coding is None:
+                raise self.broken("a tensor has an unknown coding")
+            codings.append(coding)
+        choices = []
+        for coding in codings:
+            index = self.varint()
+            if index >= len(coding.choices()):
+                raise self.broken("a tensor has an unknown coding")
+            choices.append(coding.choices()[index])
+        lengths = [self.varint() for _ in codings]
+        planes = np.frombuffer(self.take(4 * sum(lengths)), np.uint8).reshape(4, -1)
+        values = iter(np.ascontiguousarray(planes.T).view("<f4").ravel().tolist())
+        parameters = [tuple(itertools.islice(values, length)) for length in lengths]
+        return list(zip(codings, choices, parameters, strict=True))
+
+    def plain(self, name: str, shape: tuple[int, ...], kind: int) -> StoredTensor:
+        number = self.varint()
+        if number > len(_RAW_TYPES):
+            raise self.broken(f"tensor {name!r} has an unknown type")
+        dtype = (*_RAW_TYPES, torch.float32)[number]
+        elements = 1 if kind == CONSTANT else math.prod(shape)
+        data = self.take(elements * dtype.itemsize)
+        value = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        full = value.expand(math.prod(shape)).clone() if kind == CONSTANT else value
+        return StoredTensor(full.view(shape), "constant" if kind == CONSTANT else "raw")
 
     def decode(
-        self,
-        state: CoderState,
-        shape: tuple[int, ...],
-        coding: Coding,
-        choice: Choice,
-        parameters: tuple[float, ...],
-        transposed: bool,
+        self, state: CoderState, shape: tuple[int, ...], coding: Coding, choice: Choice, parameters: tuple[float, ...]
     ) -> StoredTensor:
         before = state.position
         codes = np.zeros(shape, np.int32)
         matrix, kernel = matrix_of(codes)
-        turned = np.ascontiguousarray(matrix.T) if transposed else matrix
-        state.code(turned, kernel, *coding.layout(choice), False)
-        if transposed:
+        if _may_transpose(matrix, kernel) and state.flag(False, False):
+            turned = np.ascontiguousarray(matrix.T)
+            state.code(turned, 1, *coding.layout(choice), False)
             codes = np.ascontiguousarray(turned.T).reshape(shape)
+        else:
+            state.code(matrix, kernel, *coding.layout(choice), False)
         try:
             value = coding.decode(Coded(codes, parameters), choice)
-        except (IndexError, ValueError) as error:
+        except (IndexError, ValueError, OverflowError) as error:
             raise self.broken("the parameters of a tensor do not fit its coding") from error
         return StoredTensor(value, choice, state.position - before)
 

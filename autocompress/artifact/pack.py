@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.surgery import assign, tensors
 from autocompress.techniques.base import coding_of, structures
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 SMALL_VECTOR = 8
 """Shorter tensors stay float32: a step of their own would cost as much as it saves."""
 
@@ -41,29 +43,44 @@ class Weights:
 
 
 def fold_norms(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of `model` with every batch norm reduced to scale and shift.
+    """Tensors of `model` with every batch norm reduced to scale and shift, its statistics left out.
 
     In evaluation mode (x - mean) / sqrt(var + eps) * weight + bias has two degrees of freedom a channel,
-    not four; mean becomes 0 and var 1 - eps, which the file stores in a few bytes.
+    not four; the file implies mean 0 and variance 1 (see `with_statistics`).
     """
     folded = tensors(model)
-    for prefix, module in model.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
+    for prefix, module in _norms(model):
         mean, var = module.running_mean, module.running_var
-        names = [f"{prefix}.{name}" if prefix else name for name in ("weight", "bias")]
+        names = [prefix + name for name in ("weight", "bias")]
         if mean is None or var is None or not all(name in folded for name in names):
             continue
         weight, bias = (folded[name] for name in names)
         # a channel that never changes needs no scale, and the huge one it has would ruin the coding
         scale = torch.where(var > 1e-3 * module.eps, weight / (var + module.eps).sqrt(), torch.zeros(()))
-        place = prefix + "." if prefix else ""
-        folded[names[0]], folded[names[1]] = scale, bias - mean * scale
-        folded[place + "running_mean"] = torch.zeros_like(mean)
-        folded[place + "running_var"] = torch.full_like(var, 1 - module.eps)
-        if module.num_batches_tracked is not None:
-            folded[place + "num_batches_tracked"] = torch.zeros_like(module.num_batches_tracked)
+        folded[names[0]], folded[names[1]] = scale * math.sqrt(1 + module.eps), bias - mean * scale
+        for name in _STATISTICS:
+            folded.pop(prefix + name, None)
     return folded
+
+
+def with_statistics(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`values` with the neutral statistics of every batch norm of `model` that has none in there."""
+    whole = dict(values)
+    for prefix, module in _norms(model):
+        scale = values.get(prefix + "weight")
+        if module.running_mean is not None and scale is not None:
+            fresh = (torch.zeros_like(scale), torch.ones_like(scale), torch.zeros((), dtype=torch.int64))
+            for name, value in zip(_STATISTICS, fresh, strict=True):
+                whole.setdefault(prefix + name, value)
+    return whole
+
+
+def _norms(model: nn.Module) -> list[tuple[str, nn.modules.batchnorm._BatchNorm]]:
+    return [
+        (f"{prefix}." if prefix else "", module)
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
 
 
 def plans(weights: Weights, recipe: Recipe) -> dict[str, Plan]:
@@ -103,7 +120,7 @@ def unpack(artifact: Artifact | bytes, model: nn.Module | Callable[[], nn.Module
             structure.restore(fresh, artifact.recipe.dimension(name))
         except AttributeError as error:
             raise ArtifactError(f"the model has no part as in the file ({error}): another architecture") from error
-    assign(fresh, {name: tensor.value for name, tensor in artifact.tensors.items()})
+    assign(fresh, with_statistics(fresh, {name: tensor.value for name, tensor in artifact.tensors.items()}))
     return fresh.eval()
 
 

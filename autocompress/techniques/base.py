@@ -121,6 +121,11 @@ class Coding(Technique):
         """(exponent, mantissa) bits when codes are the bit patterns of floats; (0, b) when they are
         signed integers of at most 2^b in magnitude."""
 
+    def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
+        """The weight in units of its integer code, before rounding; differentiable. Only for codings
+        whose `layout` has no exponent."""
+        raise NotImplementedError
+
     @abstractmethod
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         """What the file stores; `decode` of it equals `simulate` bit for bit."""

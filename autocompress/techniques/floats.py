@@ -46,19 +46,19 @@ class Floats(Coding):
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         """The bit patterns as integers, rounded to nearest; -0.0 becomes 0.0."""
         if choice == "float16":
-            half = (weight.detach().to(torch.float16) + 0.0).contiguous().cpu()
+            half = (weight.detach().clamp(-65504, 65504).to(torch.float16) + 0.0).contiguous().cpu()
             return Coded(half.view(torch.int16).numpy().view(np.uint16).astype(np.int32))
         pattern = (weight.detach().float() + 0.0).contiguous().cpu().view(torch.int32).numpy().view(np.uint32)
         drop = 23 - self.layout(choice)[1]
         if drop:
             pattern = (pattern + np.uint32(1 << (drop - 1))) >> np.uint32(drop)
-            pattern[pattern << np.uint32(drop) == 1 << 31] = 0
-        return Coded(pattern.view(np.int32))
+            pattern = np.where(pattern << np.uint32(drop) == 1 << 31, np.uint32(0), pattern)
+        return Coded(np.asarray(pattern).view(np.int32))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
         if choice == "float16":
             return torch.from_numpy(coded.codes.astype(np.uint16).view(np.int16)).view(torch.float16).float()
-        pattern = coded.codes << (23 - self.layout(choice)[1])
+        pattern = np.asarray(coded.codes << (23 - self.layout(choice)[1]))
         return torch.from_numpy(pattern).view(torch.float32)
 
 

@@ -23,8 +23,18 @@ def _limits(choice: Choice) -> tuple[int, int]:
     return -half, half - 1
 
 
+def _on_grid(logarithm: Tensor) -> Tensor:
+    return straight_through((logarithm * 128).round() / 128, logarithm)
+
+
+def _step(logarithm: Tensor) -> Tensor:
+    """float32; the power is taken in float64, so that every machine rounds to the same step."""
+    return torch.exp2(_on_grid(logarithm).double()).float()
+
+
 class Integers(Coding):
-    """The learned parameter is the natural logarithm of the step, so that it needs no scale of its own."""
+    """The learned parameter is log2 of the step, so that it needs no scale of its own; it takes
+    multiples of 1/128, which cost two bytes in the file."""
 
     tag = 1
 
@@ -51,22 +61,24 @@ class Integers(Coding):
         low, high = _limits(choice)
         steps = largest / high * torch.logspace(-1.3, 0, 40, device=w.device)
         errors = [((w / s).round().clamp(low, high) * s - w).square().sum() for s in steps]
-        return steps[int(torch.stack(errors).argmin())].view(1).log()
+        return steps[int(torch.stack(errors).argmin())].view(1).log2()
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         low, high = _limits(choice)
-        step = parameters.exp()
+        step = _step(parameters)
         scaled = (weight / step).clamp(low, high)
         return straight_through(scaled.round(), scaled) * step
 
+    def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
+        return weight / _step(parameters)
+
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         low, high = _limits(choice)
-        step = parameters.detach().exp()
-        codes = (weight.detach() / step).clamp(low, high).round()
-        return Coded(codes.to(torch.int32).cpu().numpy(), (float(step),))
+        codes = (weight.detach() / _step(parameters.detach())).clamp(low, high).round()
+        return Coded(codes.to(torch.int32).cpu().numpy(), (float(_on_grid(parameters.detach())),))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
-        step = torch.tensor(coded.parameters[0], dtype=torch.float32)
+        step = _step(torch.tensor(coded.parameters[0], dtype=torch.float32))
         return torch.from_numpy(coded.codes.astype(np.float32)) * step
 
 

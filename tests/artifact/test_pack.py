@@ -11,7 +11,7 @@ from conftest import ZOO
 from torch import nn
 
 from autocompress.artifact import load, pack, unpack
-from autocompress.artifact.pack import Weights, fold_norms
+from autocompress.artifact.pack import Weights, fold_norms, with_statistics
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Recipe
 from autocompress.surgery import assign, tensors
@@ -29,7 +29,7 @@ def trained(seed: int = 0) -> nn.Module:
 def test_folded_norms_compute_the_same() -> None:
     model = trained()
     folded = copy.deepcopy(model)
-    assign(folded, fold_norms(model))
+    assign(folded, with_statistics(folded, fold_norms(model)))
     inputs = torch.randn(16, 1, 8, 8)
     torch.testing.assert_close(folded(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
