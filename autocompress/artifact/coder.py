@@ -63,7 +63,8 @@ _NODES = 512
 _SIGN = 0
 _SHARED_ZERO = 16
 _SHARED_MAGNITUDE = _SHARED_ZERO + 6 * 4096
-_SHARED = _SHARED_MAGNITUDE + 3 * 32 * _NODES
+_SHARED_FLOAT = _SHARED_MAGNITUDE + 3 * 32 * _NODES
+_SHARED = _SHARED_FLOAT + 36 * _NODES
 _LOCAL_MAGNITUDE = 4096
 _LOCAL_FLOAT = _LOCAL_MAGNITUDE + 8 * _NODES
 _LOCAL = _LOCAL_FLOAT + 1024 + 1024 * 8
@@ -411,6 +412,8 @@ def _code(
     column_size = counts[columns : 2 * columns]
     channel_nonzero = counts[2 * columns :]
     nonzeros = 0
+    before = 0
+    signs_seen = 0
     for r in range(rows):
         row_nonzero = 0
         for c in range(columns):
@@ -475,7 +478,13 @@ def _code(
             column_nonzero[c] += 1
             channel_nonzero[channel] += 1
             if exponent:
-                values[at] = _float_bits(rc, buffer, encode, x, exponent, mantissa, local, rates)
+                values[at] = _float_bits(
+                    rc, buffer, encode, x, before, signs_seen, exponent, mantissa, shared, local, slots,
+                    mixer, seen, stretched, stretch, squash, rates,
+                )  # fmt: skip
+                pattern = values[at] & ((1 << (1 + exponent + mantissa)) - 1)
+                before = (pattern >> mantissa) & ((1 << exponent) - 1)
+                signs_seen = max(signs_seen, 1 + (pattern >> (exponent + mantissa)))
                 continue
             # --- sign ---
             signs = (0 if w == 0 else (1 if w > 0 else 2)) + 3 * (0 if north == 0 else (1 if north > 0 else 2))
@@ -556,22 +565,52 @@ def _magnitude_slots(slots: Array, node: int, q: int, q2: int, row: int, column:
 
 @njit(cache=True)
 def _float_bits(
-    rc: Array, buffer: Array, encode: bool, x: int, exponent: int, mantissa: int, local: Array, rates: Array
+    rc: Array,
+    buffer: Array,
+    encode: bool,
+    x: int,
+    before: int,
+    signs: int,
+    exponent: int,
+    mantissa: int,
+    shared: Array,
+    local: Array,
+    slots: Array,
+    mixer: Array,
+    seen: Array,
+    stretched: Array,
+    stretch: Array,
+    squash: Array,
+    rates: Array,
 ) -> int:
-    """Sign, exponent (an adaptive tree), three bits of mantissa (adaptive), the rest as they are."""
+    """Sign, exponent (a tree), three bits of mantissa, the rest as they are.
+
+    before: the exponent of the value before. signs: 0 first value, 1 all positive so far, 2 mixed; it
+    tells scales from shifts, so that each finds what was learned of its like.
+    """
     pattern = x & ((1 << (1 + exponent + mantissa)) - 1)
-    base = 4096 + 8 * 512
-    value = _direct(rc, buffer, encode, local, base, (pattern >> (exponent + mantissa)) & 1, rates)
+    near = 16 + 6 * 4096 + 96 * 512
+    far = 4096 + 8 * 512
     node = 1
-    for k in range(exponent - 1, -1, -1):
-        bit = _direct(rc, buffer, encode, local, base + 1 + node, (pattern >> (mantissa + k)) & 1, rates)
+    for k in range(exponent, -1, -1):
+        slots[0] = near + signs * 512 + node
+        slots[1] = near + 3 * 512 + (before & 31) * 512 + node
+        slots[2] = far + node
+        bit = _mixed(
+            rc, buffer, encode, (pattern >> (mantissa + k)) & 1, shared, local, slots, 2, 3, mixer, seen,
+            44, stretched, stretch, squash, rates,
+        )  # fmt: skip
         node = (node << 1) | bit
-    value = (value << exponent) | (node - (1 << exponent))
+    value = node - (1 << (exponent + 1))
     top = min(mantissa, 3)
     tree = 1
-    context = base + 1024 + (node & 1023) * 8
     for k in range(top):
-        bit = _direct(rc, buffer, encode, local, context + tree, (pattern >> (mantissa - 1 - k)) & 1, rates)
+        slots[0] = near + 35 * 512 + signs * 8 + tree
+        slots[1] = far + 1024 + (node & 1023) * 8 + tree
+        bit = _mixed(
+            rc, buffer, encode, (pattern >> (mantissa - 1 - k)) & 1, shared, local, slots, 1, 2, mixer, seen,
+            45, stretched, stretch, squash, rates,
+        )  # fmt: skip
         tree = (tree << 1) | bit
     value = (value << top) | (tree - (1 << top))
     for k in range(mantissa - top - 1, -1, -1):

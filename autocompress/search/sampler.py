@@ -124,7 +124,7 @@ class FrontierSampler(BaseSampler):
         default = self.profile.predict(self.profile.default())
         smallest = self.profile.smallest_bytes()
         first = min(0.22 * default, self._uniform_bytes())
-        last = max(smallest * 1.1, default / 260)
+        last = max(smallest * 1.1, default / 1200)
         if self.max_size_bytes is not None:
             last = max(smallest, min(first, self.max_size_bytes) * 0.6)
             first = max(first, last * 1.5)
@@ -144,7 +144,7 @@ class FrontierSampler(BaseSampler):
         """Whether the walk has come where accuracy is no longer of use to anyone."""
         if len(done) < 4:
             return False
-        floor = self.base_accuracy - max(0.15, 0.2 * abs(self.base_accuracy))
+        floor = self.base_accuracy - 0.4 * abs(self.base_accuracy)
         if self.min_accuracy is not None:
             floor = min(self.min_accuracy - 0.03, self.base_accuracy)
         tail = sorted(done, key=lambda p: p.size)[:2]
@@ -270,7 +270,12 @@ class FrontierSampler(BaseSampler):
         larger = [p for p in done if p.size >= 0.98 * target]
         if not larger:
             return None
-        return max(larger, key=lambda p: p.accuracy - 0.012 * math.log2(p.size / target))
+
+        def expected(p: Point) -> float:
+            step = max(math.log2(p.size / target), 0.0)
+            return p.accuracy - 0.012 * step - 0.05 * step**2
+
+        return max(larger, key=expected)
 
     def _correction(self, done: Sequence[Point], parent: Point | None) -> float:
         """File over predicted bytes: the parent's own ratio, moved by what training usually does to it."""

@@ -2,7 +2,8 @@
 
 The images come with scikit-learn (Alpaydin and Kaynak, 1998), so nothing is downloaded. The split is
 fixed: a permutation with seed 0, then the first 1,077 images train, the next 360 validate, the last
-360 test.
+360 test. One image of 360 is 0.28 points of accuracy, too coarse to select by; so the validation split
+shows each of its images as it is and in seven fixed poses. The test split is the images as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from autocompress.task import Task
 
 SPLIT = {"train": slice(0, 1077), "val": slice(1077, 1437), "test": slice(1437, 1797)}
 BATCH = 64
+POSES = 8
 
 
 class Residual(nn.Module):
@@ -78,12 +80,12 @@ def load_images() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(data.target, dtype=torch.int64)[order]
 
 
-def augment(images: Tensor) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Each image turned by up to 10 degrees, scaled by up to 10% and shifted by up to a pixel each way;
     float32 [N, 1, 8, 8] -> the same.
     """
     n = len(images)
-    angle, scale, *shift = torch.rand(4, n) * 2 - 1
+    angle, scale, *shift = torch.rand(4, n, generator=generator) * 2 - 1
     angle, scale = angle * math.radians(10), 1 + 0.1 * scale
     rows = [angle.cos() * scale, -angle.sin() * scale, shift[0] / 4, angle.sin() * scale, angle.cos() * scale]
     transform = torch.stack([*rows, shift[1] / 4], 1).view(n, 2, 3)
@@ -100,8 +102,11 @@ def digits() -> Task:
         order = torch.randperm(part.stop - part.start)
         return [(augment(images[part][i]), labels[part][i]) for i in torch.split(order, BATCH)]
 
-    def whole(split: str) -> list[tuple[Tensor, Tensor]]:
-        return [(images[SPLIT[split]], labels[SPLIT[split]])]
+    def validation() -> list[tuple[Tensor, Tensor]]:
+        part = SPLIT["val"]
+        generator = torch.Generator().manual_seed(0)
+        posed = [augment(images[part], generator) for _ in range(POSES - 1)]
+        return [(pose, labels[part]) for pose in (images[part], *posed)]
 
     def pretrain(model: nn.Module) -> None:
         epochs = 40
@@ -121,8 +126,8 @@ def digits() -> Task:
     return Task(
         model=residual_net,
         train=train_batches,
-        val=whole("val"),
-        test=whole("test"),
+        val=validation(),
+        test=[(images[SPLIT["test"]], labels[SPLIT["test"]])],
         pretrain=pretrain,
         epochs=8,
         name="digits",

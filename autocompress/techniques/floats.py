@@ -1,7 +1,7 @@
 """Floating-point weights: float32, float16, bfloat16, and bfloat16 with fewer bits of mantissa.
 
-`e8m5` and `e8m3` keep the exponent of float32 (8 bits, of which entropy coding leaves two or three) and
-round the mantissa to 5 or 3 bits: the same relative precision for large and small values, which the
+`e8m5`, `e8m3` and `e8m2` keep the exponent of float32 (8 bits, of which entropy coding leaves two or three) and
+round the mantissa to 5, 3 or 2 bits: the same relative precision for large and small values, which the
 scales of norms need (the family of OCP's microscaling formats).
 """
 
@@ -22,6 +22,7 @@ _LAYOUTS = {
     "bfloat16": (8, 7),
     "e8m5": (8, 5),
     "e8m3": (8, 3),
+    "e8m2": (8, 2),
 }
 
 
