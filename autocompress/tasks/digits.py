@@ -14,7 +14,6 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from autocompress.errors import TaskError
 from autocompress.task import Task
 
 SPLIT = {"train": slice(0, 1077), "val": slice(1077, 1437), "test": slice(1437, 1797)}
@@ -68,12 +67,8 @@ def residual_net() -> nn.Module:
 
 def load_images() -> tuple[Tensor, Tensor]:
     """Images float32 [1797, 1, 8, 8] in [-1, 1] and labels int64 [1797], in the fixed order."""
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-        raise TaskError(
-            "task 'digits' needs scikit-learn: install it with pip install 'autocompress[digits]'"
-        ) from None
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(data.images, dtype=torch.float32)[order, None] / 8 - 1

@@ -1,0 +1,148 @@
+"""What structure, masks and training techniques do to a model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import ZOO, zoo_task
+from torch import nn
+
+from autocompress.anatomy import read_anatomy
+from autocompress.errors import SpaceError
+from autocompress.task import Task
+from autocompress.techniques.base import maskings, structures, trainings
+from autocompress.techniques.channels import kept_channels
+
+CHANNELS, ACTIVATION, ACTIVATION_BITS = (structures()[n] for n in ("channels", "activation", "activation_bits"))
+SPARSITY = maskings()["sparsity"]
+
+
+def run_of(task: Task):  # type: ignore[no-untyped-def]
+    batch = next(task.batches("train"))
+    return lambda model: task.run(model, batch)[0]
+
+
+def test_channels_are_removed_and_the_output_keeps_its_shape(any_task: Task) -> None:
+    run, model = run_of(any_task), any_task.build()
+    anatomy = read_anatomy(model, run)
+    if not anatomy.groups:
+        pytest.skip("nothing to prune in this model")
+    expected = run(model).shape
+    before = sum(p.numel() for p in model.parameters())
+    CHANNELS.apply(model, {g.name: kept_channels(g.channels, 0.5) for g in anatomy.groups}, run)
+    assert run(model).shape == expected
+    assert sum(p.numel() for p in model.parameters()) < before
+    again = copy.deepcopy(model)
+    CHANNELS.apply(again, {g.name: kept_channels(g.channels, 0.5) for g in anatomy.groups}, run)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_the_weakest_channels_go_first() -> None:
+    """A channel that was set to zero can be removed without a trace."""
+    task = zoo_task("residual")
+    run, model = run_of(task), task.build()
+    with torch.no_grad():
+        for channel in (2, 5):
+            model.conv1.weight[channel] = 0
+            model.conv1.bias[channel] = -1
+            model.norm1.weight[channel] = 0
+            model.norm1.bias[channel] = 0
+            model.conv2.weight[:, channel] = 0
+    expected = run(model)
+    CHANNELS.apply(model, {"conv1": 6}, run)
+    assert model.conv1.weight.shape[0] == 6
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_concatenated_channels_follow_their_source() -> None:
+    """U-Net: what is removed from both ends of a skip connection leaves the right inputs behind."""
+    task = zoo_task("unet")
+    run, model = run_of(task), task.build()
+    groups = [g.name for g in read_anatomy(model, run).groups]
+    with torch.no_grad():
+        model.down1[0].weight[[1, 3]] = 0
+        model.down1[0].bias[[1, 3]] = 0
+        model.down1[1].weight[[1, 3]] = 0
+        model.down1[1].bias[[1, 3]] = 0
+        model.up.weight[:, [0, 4]] = 0
+        model.up.bias[[0, 4]] = 0
+        model.down2[0].weight[:, [1, 3]] = 0
+        model.join[0].weight[:, [1, 3, 8, 12]] = 0
+    expected = run(model)
+    assert {"down1.0", "up"} <= set(groups)
+    CHANNELS.apply(model, {"down1.0": 6, "up": 6}, run)
+    assert model.join[0].weight.shape[1] == 12
+    torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kept_channels_is_never_none() -> None:
+    assert [kept_channels(10, share) for share in (0.01, 0.25, 1.0)] == [1, 2, 10]
+
+
+@pytest.mark.parametrize(("choice", "kind"), [("relu", nn.ReLU), ("hardtanh", nn.Hardtanh)])
+def test_activation_is_replaced(choice: str, kind: type[nn.Module]) -> None:
+    model = ZOO["mlp"][0]()
+    ACTIVATION.apply(model, {"2": choice}, lambda m: m)
+    assert isinstance(model[2], kind)
+    other = ZOO["mlp"][0]()
+    ACTIVATION.restore(other, {"2": choice})
+    inputs = torch.randn(4, 64)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(inputs), model(inputs))
+
+
+def test_activations_take_two_to_the_bits_values_and_survive_the_file() -> None:
+    task = zoo_task("mlp")
+    model, run = task.build(), run_of(task)
+    seen = []
+    ACTIVATION_BITS.apply(model, {"3": 4}, run)
+    model[3].register_forward_hook(lambda layer, args, out: seen.append(args[0]))
+    run(model)
+    assert len(seen[0].unique()) <= 16
+    fresh = task.build()
+    ACTIVATION_BITS.restore(fresh, {"3": 4})
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(run(fresh), run(model))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 0.98])
+def test_sparsity_zeroes_the_smallest_share(share: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(20, 30)
+    mask = SPARSITY.mask(weight, share)
+    assert int((~mask).sum()) == int(share * 600)
+    if share:
+        assert weight[~mask].abs().max() <= weight[mask].abs().min()
+
+
+def test_equal_weights_are_cut_by_count_not_all() -> None:
+    assert int(SPARSITY.mask(torch.ones(10), 0.5).sum()) == 5
+
+
+def test_bad_choices_are_named() -> None:
+    for technique, raw in [(CHANNELS, 0), (CHANNELS, "half"), (SPARSITY, 1.0), (SPARSITY, True), (ACTIVATION, "swish")]:
+        with pytest.raises(SpaceError, match=f"choice {raw!r} does not exist"):
+            technique.parse(raw)
+
+
+def test_neutral_choices_change_nothing() -> None:
+    task = zoo_task("residual")
+    run, model = run_of(task), task.build()
+    expected = run(model)
+    anatomy = read_anatomy(model, run)
+    for technique in (ACTIVATION, ACTIVATION_BITS):
+        technique.apply(model, dict.fromkeys(technique.sites(anatomy), technique.default), run)
+    assert torch.equal(run(model), expected)
+    assert bool(SPARSITY.mask(torch.randn(9), SPARSITY.default).all())
+
+
+def test_precision_modes() -> None:
+    precision = trainings()["precision"]
+    assert precision.available("bfloat16")
+    assert precision.available("float16") == torch.cuda.is_available()
+    with precision.autocast("bfloat16", torch.device("cpu")):
+        assert (torch.randn(4, 4) @ torch.randn(4, 4)).dtype == torch.bfloat16
+    with precision.autocast("float32", torch.device("cpu")):
+        assert (torch.randn(4, 4) @ torch.randn(4, 4)).dtype == torch.float32
