@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autocompress.artifact import pack
+from autocompress.artifact.container import decode_artifact
 from autocompress.compression import Candidate, ShadowedLayer
 
 
@@ -20,7 +21,7 @@ class RateModel:
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
         self.tables: dict[str, Tensor] = {}
-        self.factor = 1.0
+        self.factors: dict[str, float] = {}
         self.fixed_bytes = 0.0
         self.refresh()
 
@@ -38,32 +39,34 @@ class RateModel:
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Fit the scale to what the coder spends on the present weights."""
+        """Fit the scale of each layer to what the coder spends on its present weights."""
         self.refresh()
-        spent = 8 * len(pack(self.candidate.weights(), self.candidate.recipe))
-        entropy = float(self.bits())
-        self.fixed_bytes = 0.0
-        self.factor = spent / max(entropy, 1.0)
+        artifact = decode_artifact(pack(self.candidate.weights(), self.candidate.recipe))
+        self.fixed_bytes = float(artifact.size_bytes)
+        for name, shadow in self.candidate.layers.items():
+            spent = artifact.tensors[shadow.layer.parameter].size_bytes
+            self.fixed_bytes -= spent
+            self.factors[name] = 8 * spent / max(float(self._layer_bits(name)), 1.0)
 
     def bits(self) -> Tensor:
         """float32 scalar: estimated bits of all layers, differentiable in the dense weights."""
-        total = torch.zeros((), device=next(iter(self.candidate.layers.values())).dense.device)
-        for name, shadow in self.candidate.layers.items():
-            if name in self.tables:
-                table = self.tables[name]
-                magnitude = _magnitude(shadow)
-                low = magnitude.detach().floor().long().clamp_max(len(table) - 2)
-                share = magnitude - low
-                total = total + (table[low] * (1 - share) + table[low + 1] * share).sum()
-            else:
-                kept = shadow.dense.numel() if shadow.mask is None else int(shadow.mask.sum())
-                total = total + kept * shadow.coding.bits(shadow.choice)
-        return total
+        return torch.stack([self._layer_bits(name) for name in self.candidate.layers]).sum()
 
+    @torch.no_grad()
     def bytes(self) -> float:
         """Estimated bytes of the file."""
-        with torch.no_grad():
-            return float(self.bits()) * self.factor / 8
+        layers = sum(float(self._layer_bits(name)) * self.factors.get(name, 1.0) for name in self.candidate.layers)
+        return self.fixed_bytes + layers / 8
+
+    def _layer_bits(self, name: str) -> Tensor:
+        shadow = self.candidate.layers[name]
+        if name not in self.tables:
+            kept = shadow.dense.numel() if shadow.mask is None else int(shadow.mask.sum())
+            return shadow.dense.new_tensor(kept * shadow.coding.bits(shadow.choice))
+        table, magnitude = self.tables[name], _magnitude(shadow)
+        low = magnitude.detach().floor().long().clamp_max(len(table) - 2)
+        share = magnitude - low
+        return (table[low] * (1 - share) + table[low + 1] * share).sum()
 
 
 def _magnitude(shadow: ShadowedLayer) -> Tensor:

@@ -106,7 +106,7 @@ def fine_tune(
             loss = (1 - DISTILLATION) * task.loss(_float(output), target)
             loss = loss + DISTILLATION * divergence(output, reference, target, TEMPERATURE).to(loss.device)
             if not math.isfinite(float(loss.detach())):
-                raise TaskError(f"the loss became {float(loss):g} while fine-tuning")
+                raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
             optimizer.zero_grad()
             torch.autograd.backward(scaler.scale(loss))
             candidate.backpropagate()

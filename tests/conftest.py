@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import autocompress  # noqa: F401  (registers the techniques)
 from autocompress.task import Task
+from autocompress.tasks.digits import SPLIT, load_images
 
 N = 48
 torch.set_num_threads(1)
@@ -167,6 +169,33 @@ def agree(output: Tensor, target: Tensor) -> float:
 @pytest.fixture(params=sorted(ZOO))
 def any_task(request: pytest.FixtureRequest) -> Task:
     return zoo_task(request.param)
+
+
+@functools.cache
+def trained_digits() -> nn.Module:
+    """A perceptron that was trained, for a second, on the real digits."""
+    torch.manual_seed(0)
+    images, labels = load_images()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        loss = nn.functional.cross_entropy(model(images[:1077]), labels[:1077])
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    return model.eval()
+
+
+def small_digits(epochs: int = 4) -> Task:
+    """Real data and a real, trained model, small enough for a test."""
+    images, labels = load_images()
+
+    def batches(split: str, size: int) -> list[tuple[Tensor, Tensor]]:
+        part = SPLIT[split]
+        return list(zip(images[part].split(size), labels[part].split(size), strict=True))
+
+    data = batches("train", 128), batches("val", 400), batches("test", 400)
+    return Task(trained_digits(), *data, epochs=epochs, name="small-digits")
 
 
 @pytest.fixture

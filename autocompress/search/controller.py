@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -95,7 +94,7 @@ def search(
     Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
     """
     given = load_task(task) if isinstance(task, str) else task
-    _check_budget(budget, workers, min_accuracy)
+    _check_budget(budget, workers)
     check_sampler(sampler)
     limit = None if max_size is None else parse_size(max_size)
     rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
@@ -131,24 +130,21 @@ def resume(
 
     task: needed when the run was started with a Task object instead of a name.
     """
+    _check_budget(1 if budget is None else budget, workers)
     folder = existing_run(run)
     rules, settings = read_config(folder)
     if task is None and settings["task"] == "custom":
         raise RunError(f"run {str(folder)!r} was started with a Task object: pass task= to resume it")
     given = task or load_task(settings["task"])
-    settings["budget"] = budget or settings["budget"]
-    settings["workers"] = workers or settings["workers"]
-    _check_budget(settings["budget"], settings["workers"], settings["min_accuracy"])
+    settings |= {"budget": budget or settings["budget"], "workers": workers or settings["workers"]}
     return Controller(folder, given, rules, settings, listener, named=task is None).run()
 
 
-def _check_budget(budget: int, workers: int | None, min_accuracy: float | None) -> None:
+def _check_budget(budget: int, workers: int | None) -> None:
     if budget < 1:
         raise TargetError(f"budget {budget} is not enough: give at least 1 trial")
     if workers is not None and workers < 1:
         raise TargetError(f"workers {workers} is not enough: give at least 1")
-    if min_accuracy is not None and not math.isfinite(min_accuracy):
-        raise TargetError(f"minimum accuracy {min_accuracy} is not a number")
 
 
 def _device() -> str:
@@ -230,7 +226,7 @@ class Controller:
     def _check_accuracy_target(self) -> None:
         wanted = self.settings["min_accuracy"]
         assert self.base is not None
-        if wanted is not None and wanted > self.base.val_accuracy + 0.1 * abs(self.base.val_accuracy):
+        if wanted is not None and not wanted <= self.base.val_accuracy + 0.1 * abs(self.base.val_accuracy):
             raise TargetError(
                 f"minimum accuracy {wanted:g} cannot be reached: the original model has "
                 f"{self.base.val_accuracy:.4f} on the validation split"

@@ -28,6 +28,8 @@ _SILENCE = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
 }
+_TOKEN = secrets.token_hex(32)
+"""What Ray's processes show each other; one a process, because Ray's client remembers the first it read."""
 LOOPBACK = "127.0.0.2"
 """Ray rewrites 127.0.0.1 to the host's own address; this one stays on loopback."""
 
@@ -54,7 +56,7 @@ def start_ray(workers: int) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="acz-", dir="/tmp" if Path("/tmp").is_dir() else None))
     token = folder / "token"
     token.touch(0o600)
-    token.write_text(secrets.token_hex(32))
+    token.write_text(_TOKEN)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     import ray
 

@@ -86,7 +86,9 @@ def read_config(folder: Path) -> tuple[SearchSpace, dict[str, Any]]:
         space = content.pop("space")
         name, description = space.pop("name"), space.pop("description")
         text = yaml.safe_dump({k: v for k, v in space.items() if v}, sort_keys=False)
-    except (OSError, yaml.YAMLError, AttributeError, KeyError) as error:
-        raise RunError(f"{str(path)!r} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(f"{str(path)!r} is not the config of a run: it lacks what a run needs ({error})") from error
     parsed = SearchSpace.parse(text, str(path), name)
     return SearchSpace(name, description, parsed.rules, parsed.training), content

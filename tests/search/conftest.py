@@ -1,0 +1,52 @@
+"""A search without training: files and accuracies follow from the recipe by a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import small_digits
+
+from autocompress.recipe import Recipe
+from autocompress.search.profile import Profile
+from autocompress.search.study import SearchStudy
+from autocompress.space import BoundSpace, SearchSpace
+from autocompress.trial import TrialResult, TrialSpec, Workshop
+
+BASE_ACCURACY = 0.95
+
+
+@pytest.fixture(scope="session")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """Effects and bytes measured on the trained perceptron."""
+    task = small_digits()
+    folder = tmp_path_factory.mktemp("profile")
+    anatomy = Workshop(task, task.build(), BoundSpace(()), folder, 0).anatomy
+    workshop = Workshop(task, task.build(), SearchSpace.named("default").bind(anatomy), folder, 0)
+    return Profile(workshop.space, anatomy, workshop.base_profile())
+
+
+Outcome = Callable[[TrialSpec], TrialResult]
+
+
+@pytest.fixture
+def outcome(profile: Profile) -> Outcome:
+    def run(spec: TrialSpec) -> TrialResult:
+        chosen = profile.default() | Recipe.from_json(spec.recipe).as_dict()
+        size = round(profile.predict(chosen) * 0.9)
+        damage = sum(profile.effects[key][str(chosen[key])] for key in profile.effects)
+        return TrialResult(size, BASE_ACCURACY - 0.3 * damage / (1 + damage), float(size), 0.1)
+
+    return run
+
+
+def drive(study: SearchStudy, outcome: Outcome) -> None:
+    """What the engine does, in line."""
+    while (spec := study.ask()) is not None:
+        study.tell(spec.number, outcome(spec))
+
+
+def folder_of(base: Path, name: str) -> Path:
+    (base / name).mkdir()
+    return base / name

@@ -1,0 +1,119 @@
+"""All samplers through the same study; ours is held to more."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autocompress.front import hypervolume
+from autocompress.search.profile import Profile
+from autocompress.search.samplers import NAMES, SamplerError, check_sampler, make_sampler
+from autocompress.search.study import SearchStudy
+from search.conftest import BASE_ACCURACY, Outcome, drive, folder_of
+
+
+def study_of(folder: Path, profile: Profile, name: str, budget: int = 24, **constraints: Any) -> SearchStudy:
+    limits = {"max_size_bytes": None, "min_accuracy": None, **constraints}
+    sampler = make_sampler(name, profile, budget, BASE_ACCURACY, 0, limits["max_size_bytes"], limits["min_accuracy"])
+    return SearchStudy(folder, profile.space, budget, sampler)
+
+
+def values(study: SearchStudy) -> list[tuple[float, float]]:
+    return [(t.values[0], t.values[1]) for t in study.complete()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sampler_spends_the_budget_inside_the_space(
+    name: str, profile: Profile, outcome: Outcome, tmp_path: Path
+) -> None:
+    study = study_of(tmp_path, profile, name)
+    drive(study, outcome)
+    assert len(study.complete()) == 24
+    for trial in study.complete():
+        assert set(trial.params) == {d.key for d in profile.space}
+        assert all(trial.params[d.key] in d.choices for d in profile.space)
+    assert len({tuple(sorted(t.params.items())) for t in study.complete()}) > 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_asks_the_same(name: str, profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    asked = []
+    for run in ("a", "b"):
+        study = study_of(folder_of(tmp_path, run), profile, name, 12)
+        drive(study, outcome)
+        asked.append([t.params for t in study.complete()])
+    assert asked[0] == asked[1]
+
+
+def test_ours_finds_the_better_front(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    area = {}
+    for name in ("frontier", "random"):
+        study = study_of(folder_of(tmp_path, name), profile, name)
+        drive(study, outcome)
+        area[name] = hypervolume(values(study), profile.predict(profile.default()), 0.5)
+    assert area["frontier"] > 1.1 * area["random"]
+
+
+def test_the_walk_goes_from_light_to_heavy_with_lineage(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, "frontier")
+    drive(study, outcome)
+    trials = study.complete()
+    walk = trials[:10]
+    assert walk[0].user_attrs["parent"] is None
+    sizes = [t.values[0] for t in walk]
+    assert sizes == sorted(sizes, reverse=True)
+    for trial in trials[1:]:
+        parent = trials[trial.user_attrs["parent"]]
+        assert parent.number < trial.number
+        for key, choice in trial.params.items():
+            if key.endswith(":channels"):
+                assert choice <= parent.params[key], "removed channels do not come back"
+
+
+def test_a_target_size_focuses_the_search(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    limit = 0.06 * profile.predict(profile.default())
+    near = {}
+    for name, constraint in (("free", None), ("focused", limit)):
+        study = study_of(folder_of(tmp_path, name), profile, "frontier", max_size_bytes=constraint)
+        drive(study, outcome)
+        near[name] = sum(1 for size, _ in values(study) if 0.5 * limit <= size <= limit)
+    assert near["focused"] > near["free"]
+    assert near["focused"] >= 6
+
+
+def test_a_least_accuracy_focuses_the_search(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, "frontier", min_accuracy=0.9)
+    drive(study, outcome)
+    refined = values(study)[12:]
+    assert sum(1 for _, accuracy in refined if accuracy >= 0.86) >= 0.6 * len(refined)
+
+
+def test_several_workers_do_not_ask_the_same_twice(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, "frontier", 40)
+    rng = random.Random(0)
+    running = []
+    while len(study.trials()) < 40:
+        while len(running) < 4 and (spec := study.ask()):
+            running.append(spec)
+        spec = running.pop(rng.randrange(len(running)))
+        study.tell(spec.number, outcome(spec))
+    targets = [t.user_attrs["target_bytes"] for t in study.trials()[:16]]
+    assert len(set(targets)) == len(targets)
+
+
+def test_failing_trials_do_not_stop_the_sampler(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, "frontier")
+    while (spec := study.ask()) is not None:
+        if spec.number % 3 == 0:
+            study.fail(spec.number, "Traceback\nout of memory")
+        else:
+            study.tell(spec.number, outcome(spec))
+    assert len(study.complete()) == 16
+
+
+def test_unknown_samplers_are_named() -> None:
+    with pytest.raises(SamplerError, match="did you mean 'frontier'"):
+        check_sampler("fronteer")

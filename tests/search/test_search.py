@@ -1,0 +1,153 @@
+"""Whole searches: real Ray, real processes, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mini
+import pytest
+import yaml
+from conftest import small_digits
+
+import autocompress as ac
+from autocompress.errors import RunError, TargetError
+from autocompress.search.run_folder import create_run, existing_run
+
+TESTS = str(Path(__file__).parents[1])
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes find the tasks in tests/mini.py."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]))
+
+
+def test_the_front_is_made_of_files(tmp_path: Path) -> None:
+    seen: list[ac.Progress] = []
+    front = ac.search(mini.task(), 8, run=tmp_path / "run", workers=2, listener=seen.append)
+    folder = tmp_path / "run"
+    written = json.loads((folder / "front.json").read_text())
+    assert written == front.to_json()
+    assert set(written) == {"task", "space", "seed", "base", "front"}
+    assert written["base"]["size_bytes"] == (folder / "base.safetensors").stat().st_size
+    assert len(front) >= 2
+    sizes = [p.size_bytes for p in front]
+    assert sizes == sorted(sizes)
+    assert [p.val_accuracy for p in front] == sorted(p.val_accuracy for p in front)
+    for point in front:
+        assert point.path == folder / point.artifact
+        assert point.size_bytes == point.path.stat().st_size
+        measured = ac.evaluate(point.path, mini.task())
+        assert (measured.size_bytes, measured.val_accuracy, measured.test_accuracy) == (
+            point.size_bytes,
+            point.val_accuracy,
+            point.test_accuracy,
+        )
+        assert ac.read_artifact(point.path).recipe.to_json() == point.recipe
+    assert {"front.png", "front.svg", "config.yaml", "log", "profile.json", "study.journal"} <= {
+        p.name for p in folder.iterdir()
+    }
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["budget"], config["seed"], config["space"]["name"]) == (8, 0, "default")
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert (seen[-1].phase, seen[-1].done, seen[-1].failed) == ("done", 8, 0)
+
+    more = ac.resume(folder, task=mini.task(), budget=10, workers=1)
+    assert len(list((folder / "trials").iterdir())) == 10
+    assert more.best().val_accuracy >= front.best().val_accuracy
+
+
+def test_one_worker_and_one_seed_give_one_front(tmp_path: Path) -> None:
+    fronts = []
+    for name in ("a", "b"):
+        written = ac.search(mini.task(), 5, run=tmp_path / name, workers=1, seed=3).to_json()
+        for point in written["front"]:
+            del point["seconds"]
+        fronts.append(written)
+    assert fronts[0] == fronts[1]
+
+
+def test_failing_trials_are_kept_on_record_and_the_search_goes_on(tmp_path: Path) -> None:
+    front = ac.search("mini:moody_task", 12, run=tmp_path / "run", workers=2)
+    errors = {p.parent.name: p.read_text() for p in (tmp_path / "run").glob("trials/*/error.txt")}
+    assert 0 < len(errors) < 12
+    kinds = "".join(errors.values())
+    assert "Traceback" in kinds
+    assert "no room for this batch" in kinds or "the loss became nan" in kinds
+    assert not {str(p.trial) for p in front} & set(errors)
+    assert "failed: " in (tmp_path / "run" / "log").read_text()
+
+
+def test_a_killed_worker_costs_one_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEADLY_MARK", str(tmp_path / "mark"))
+    front = ac.search("mini:deadly_task", 5, run=tmp_path / "run", workers=1)
+    errors = list((tmp_path / "run").glob("trials/*/error.txt"))
+    assert len(errors) == 1
+    assert "killed" in errors[0].read_text()
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
+    assert len(front) >= 1
+
+
+def test_when_every_trial_fails_the_last_reason_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the moon is in the wrong house"):
+        ac.search("mini:hopeless_task", 2, run=tmp_path / "run", workers=1)
+    assert len(list((tmp_path / "run").glob("trials/*/error.txt"))) == 2
+
+
+def test_a_killed_search_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1"]
+    started = [*command, "--task", "mini:slow_task", "--budget", "6", "--run", str(run)]
+    process = subprocess.Popen(started, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(run.glob("trials/*/metrics.json"))) < 2:
+            assert process.poll() is None, "the search ended too early"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = {p: p.stat().st_mtime_ns for p in run.glob("trials/*/metrics.json")}
+    assert len(before) < 6
+    with pytest.raises(RunError, match="exists"):
+        create_run(run, "mini")
+    done = subprocess.run([*command, "--resume", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(run)
+    assert done.stderr == ""
+    complete = sum(1 for _ in run.glob("trials/*/metrics.json"))
+    assert 6 <= complete <= 7
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "finished trials are kept"
+    assert len(ac.ParetoFront.read(run)) >= 1
+
+
+def test_impossible_wishes_are_refused_before_any_trial(tmp_path: Path) -> None:
+    for wish, message in (
+        ({"max_size": "10B"}, "the smallest is about"),
+        ({"min_accuracy": 1.5}, "minimum accuracy 1.5 cannot be reached"),
+        ({"budget": 0}, "give at least 1 trial"),
+        ({"workers": 0}, "give at least 1"),
+        ({"sampler": "tpee"}, "did you mean 'tpe'"),
+        ({"space": "defalt"}, "did you mean 'default'"),
+    ):
+        with pytest.raises(ac.AutocompressError, match=message):
+            ac.search(small_digits(), run=tmp_path / "run", **wish)  # type: ignore[arg-type]
+        assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def test_unknown_runs_are_named(in_tmp: Path) -> None:
+    (in_tmp / "runs" / "digits-0001").mkdir(parents=True)
+    (in_tmp / "runs" / "digits-0001" / "config.yaml").write_text("{}")
+    with pytest.raises(RunError, match="did you mean 'digits-0001'"):
+        existing_run("digits-001")
+    assert create_run(None, "digits").name == "digits-0002"
+    with pytest.raises(TargetError):
+        ac.resume("digits-0001", budget=0)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import zoo_task
+from torch import nn
+
+from autocompress.errors import TaskError
+from autocompress.task import Task, check_task, load_task, measure
+
+BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+
+
+def linear_task(**changes: Any) -> Task:
+    settings: dict[str, Any] = {"model": nn.Linear(3, 2), "train": [BATCH], "val": [BATCH], "test": [BATCH]}
+    return Task(**{**settings, **changes})
+
+
+class Sum(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+
+@pytest.mark.parametrize(
+    "inputs", [(torch.ones(2, 2), torch.ones(2, 2)), {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}]
+)
+def test_inputs_are_spread_over_the_model(inputs: Any) -> None:
+    task = linear_task(model=Sum())
+    output, target = task.run(task.build(), (inputs, 7))
+    assert output.tolist() == [[2, 2], [2, 2]]
+    assert target == 7
+
+
+def test_any_other_batch_through_forward() -> None:
+    def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        return model(batch["x"]), batch["y"]
+
+    batches = [{"x": BATCH[0], "y": BATCH[1]}]
+    task = linear_task(train=batches, val=batches, test=batches, forward=forward)
+    check_task(task, task.build())
+    assert 0 <= measure(task, task.build(), "val") <= 1
+
+
+def test_the_metric_is_weighted_by_batch_size() -> None:
+    batches = [(torch.zeros(1, 3), torch.zeros(1)), (torch.ones(3, 3), torch.zeros(3))]
+    task = linear_task(val=batches, metric=lambda output, target: float(len(target) == 3))
+    assert measure(task, task.build(), "val") == 0.75
+
+
+def test_measuring_leaves_the_mode_alone() -> None:
+    task = linear_task()
+    model = task.build().train()
+    measure(task, model, "val")
+    assert model.training
+
+
+def test_a_function_gives_fresh_batches_each_time() -> None:
+    task = linear_task(val=lambda: iter([BATCH]))
+    assert measure(task, task.build(), "val") == measure(task, task.build(), "val")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": []}, "the train loader gave no batches"),
+        ({"test": list}, "the test loader gave no batches"),
+        ({"loss": lambda output, target: output.sum() * float("nan")}, "the loss on the train split is nan"),
+        ({"val": [(torch.randn(4, 9), BATCH[1])]}, "a batch of the val split does not run"),
+        ({"train": [BATCH[0][0, 0]]}, "a batch must be"),
+        ({"model": lambda: "no model"}, "must return an nn.Module, got str"),
+        ({"model": lambda: 1 / 0}, "building the model failed"),
+    ],
+)
+def test_bad_tasks_are_one_sentence(changes: dict[str, Any], message: str) -> None:
+    task = linear_task(**changes)
+    with pytest.raises(TaskError, match=message) as caught:
+        check_task(task, task.build())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_metric_that_is_not_a_number_is_refused() -> None:
+    task = linear_task(metric=lambda output, target: float("nan"))
+    with pytest.raises(TaskError, match="the metric on the val split is nan"):
+        measure(task, task.build(), "val")
+
+
+def test_own_tasks_are_found_in_the_current_folder(in_tmp: Path) -> None:
+    (in_tmp / "found_here.py").write_text(
+        "import torch\nfrom autocompress import Task\n"
+        "b = [(torch.zeros(2, 3), torch.zeros(2).long())]\n"
+        "def task():\n    return Task(torch.nn.Linear(3, 2), b, b, b)\n"
+    )
+    assert load_task("found_here:task").name == "found_here:task"
+    with pytest.raises(TaskError, match=r"no function 'tusk'; did you mean 'task'"):
+        load_task("found_here:tusk")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digit", "did you mean 'digits'"),
+        ("no_such_module:task", "there is no module 'no_such_module'"),
+        ("json:dumps", "calling it failed"),
+        ("os:getcwd", "must return an autocompress.Task, got str"),
+    ],
+)
+def test_unknown_tasks(name: str, message: str, in_tmp: Path) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_task(name)
+
+
+def test_digits_is_what_its_documentation_says() -> None:
+    task = load_task("digits")
+    model = task.build()
+    assert sum(p.numel() for p in model.parameters()) == 173_842
+    counts = {split: sum(len(target) for _, target in task.batches(split)) for split in ("train", "val", "test")}
+    assert counts == {"train": 1077, "val": 8 * 360, "test": 360}
+    one, two = next(task.batches("val")), next(load_task("digits").batches("val"))
+    assert torch.equal(one[0], two[0])
+    assert model(one[0]).shape == (360, 10)
+
+
+def test_the_splits_of_digits_share_no_image() -> None:
+    task = load_task("digits")
+    (val, _), (test, _) = next(task.batches("val")), next(task.batches("test"))
+    seen = {image.numpy().tobytes() for image in val}
+    assert not any(image.numpy().tobytes() in seen for image in test)
+
+
+def test_zoo_tasks_hold() -> None:
+    for name in ("mlp", "two_inputs", "tied"):
+        task = zoo_task(name)
+        check_task(task, task.build())

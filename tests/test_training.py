@@ -1,0 +1,150 @@
+"""Fine-tuning, the rate model and one whole trial on the default task."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_digits, zoo_task
+from torch import nn
+
+from autocompress.artifact import pack
+from autocompress.compression import Candidate
+from autocompress.errors import TaskError
+from autocompress.rate import RateModel
+from autocompress.recipe import Recipe
+from autocompress.space import BoundSpace, SearchSpace
+from autocompress.task import Task, measure
+from autocompress.training import divergence, fine_tune
+from autocompress.trial import CHECKPOINT, METRICS, Rung, TrialResult, TrialSpec, Workshop
+
+
+def candidate_of(task: Task, choices: dict[str, str | int | float]) -> Candidate:
+    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.run_once)
+
+
+def test_fine_tuning_repairs_what_compression_broke() -> None:
+    task = small_digits()
+    candidate = candidate_of(task, {f"{layer}:weights": "int2" for layer in "135"})
+    candidate.materialise()
+    before = measure(task, candidate.model, "val")
+    assert [*fine_tune(task, candidate, task.build(), 4)] == [1, 2, 3, 4]
+    assert measure(task, candidate.model, "val") > before + 0.05
+    assert len(candidate.model[1].weight.unique()) <= 4
+
+
+def test_the_masks_and_codes_hold_after_fine_tuning() -> None:
+    task = zoo_task("mlp", epochs=2)
+    candidate = candidate_of(task, {"1:sparsity": 0.8, "1:weights": "int4", "3:sparsity": 0.5})
+    for _ in fine_tune(task, candidate, task.build(), 2):
+        pass
+    first, second = candidate.model[1].weight, candidate.model[3].weight
+    assert (first == 0).float().mean() >= 0.8 - 1 / first.numel()
+    assert (second == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    assert len(first.unique()) <= 16
+
+
+def test_sparsity_rises_from_the_parents() -> None:
+    task = zoo_task("mlp")
+    candidate = candidate_of(task, {"1:sparsity": 0.9})
+    candidate.set_masks(share=0.5, start={"1": 0.5})
+    mask = candidate.layers["1"].mask
+    assert mask is not None
+    assert (~mask).float().mean() == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_rate_penalty_makes_the_file_smaller() -> None:
+    sizes = []
+    for penalty in (0, 0.2):
+        torch.manual_seed(0)
+        task = small_digits()
+        candidate = candidate_of(task, {"1:weights": "int4", "3:weights": "int4", "model:rate_penalty": penalty})
+        for _ in fine_tune(task, candidate, task.build(), 12):
+            pass
+        sizes.append(len(pack(candidate.weights(), candidate.recipe)))
+    assert sizes[1] < 0.95 * sizes[0]
+
+
+@pytest.mark.parametrize("choice", ["float16", "int8", "int4", "int2"])
+def test_the_rate_model_is_within_three_percent(choice: str) -> None:
+    task = small_digits()
+    candidate = candidate_of(task, {"1:sparsity": 0.5, **{f"{layer}:weights": choice for layer in "135"}})
+    rate = RateModel(candidate)
+    for epoch in fine_tune(task, candidate, task.build(), 4):
+        if epoch == 3:
+            rate.calibrate()
+    rate.refresh()
+    assert rate.bytes() == pytest.approx(len(pack(candidate.weights(), candidate.recipe)), rel=0.03)
+
+
+def test_the_rate_has_a_gradient_towards_fewer_bits() -> None:
+    candidate = candidate_of(zoo_task("mlp"), {"1:weights": "int4"})
+    candidate.trainable()
+    rate = RateModel(candidate)
+    dense = candidate.layers["1"].dense
+    torch.autograd.backward(rate.bits())
+    assert dense.grad is not None
+    with torch.no_grad():
+        before = float(rate.bits())
+        dense -= 1e-3 * dense.grad.sign()
+        assert float(rate.bits()) < before
+
+
+def test_bfloat16_training_runs_and_keeps_float32_weights() -> None:
+    task = zoo_task("residual")
+    candidate = candidate_of(task, {"model:precision": "bfloat16"})
+    for _ in fine_tune(task, candidate, task.build(), 1):
+        pass
+    assert {p.dtype for p in candidate.model.parameters()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_is_told() -> None:
+    task = zoo_task("mlp")
+    task.loss = lambda output, target: output.sum() * math.inf
+    with pytest.raises(TaskError, match="the loss became"):
+        next(fine_tune(task, candidate_of(task, {}), task.build(), 1))
+
+
+def test_divergence_is_torchs_kl_divergence() -> None:
+    torch.manual_seed(0)
+    student, teacher, target = torch.randn(6, 4), torch.randn(6, 4), torch.zeros(6).long()
+    expected = nn.functional.kl_div(
+        (student / 2).log_softmax(1), (teacher / 2).log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    torch.testing.assert_close(divergence(student, teacher, target, 2.0), 4 * expected)
+    assert float(divergence({"a": student}, {"a": student}, target)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence((student, "x"), (student, "x"), None)) == 0
+
+
+def test_a_trial_leaves_its_files_and_a_child_starts_from_them(tmp_path: Path) -> None:
+    task = zoo_task("residual", epochs=4)
+    probe = Workshop(task, task.build(), BoundSpace(()), tmp_path, 0)
+    space = SearchSpace.parse("layers: {'*': {weights: [float32, int4], sparsity: [0, 0.5]}}").bind(probe.anatomy)
+    workshop = Workshop(task, task.build(), space, tmp_path, 0)
+    recipe = space.recipe({"conv1:weights": "int4"}).to_json()
+    *rungs, result = workshop.run(TrialSpec(0, recipe))
+    assert isinstance(result, TrialResult)
+    assert [r.epoch for r in rungs if isinstance(r, Rung)] == [1, 2, 3, 4]
+    assert [r.epoch for r in rungs if isinstance(r, Rung) and r.val_accuracy is not None] == [2]
+    folder = tmp_path / "trials" / "0"
+    assert {p.name for p in folder.iterdir()} == {"model.acz", CHECKPOINT, METRICS, "recipe.json"}
+    assert json.loads((folder / METRICS).read_text())["size_bytes"] == (folder / "model.acz").stat().st_size
+    assert result.estimated_bytes == pytest.approx(result.size_bytes, rel=0.03)
+    *_, child = workshop.run(TrialSpec(1, recipe, parent=0, epochs=0))
+    assert isinstance(child, TrialResult)
+    assert child.val_accuracy == result.val_accuracy
+    assert child.size_bytes == pytest.approx(result.size_bytes, rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
+    files = []
+    for folder in ("a", "b"):
+        task = zoo_task("residual", epochs=2)
+        workshop = Workshop(task, task.build(), BoundSpace(()), tmp_path / folder, 5)
+        [*workshop.run(TrialSpec(3, {"conv1": {"weights": "int3", "sparsity": 0.5}}))]
+        files.append((tmp_path / folder / "trials" / "3" / "model.acz").read_bytes())
+    assert files[0] == files[1]
