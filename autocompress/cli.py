@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
+_BAR = 12
 
 TaskOption = Annotated[
     str,
@@ -73,7 +74,7 @@ def search(
         str,
         typer.Option(help="Search space: a name that 'autocompress spaces' lists, or a .yaml file."),
     ] = "default",
-    budget: Annotated[int, typer.Option("--budget", "-b", help="Number of trials.")] = 50,
+    budget: Annotated[int | None, typer.Option("--budget", "-b", help="Number of trials; 50 by default.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed and one worker: same front.")] = 0,
     run: Annotated[
         str | None,
@@ -90,7 +91,10 @@ def search(
     min_accuracy: MinAccuracy = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="Go on with this run (name or path) after a crash or a stop; its own settings apply."),
+        typer.Option(
+            help="Go on with this run (name or path) after a crash or a stop, or with a larger budget; "
+            "its other settings stay."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the run folder.")] = False,
     as_json: JsonOption = False,
@@ -99,17 +103,15 @@ def search(
     from autocompress.report.live import LiveView
     from autocompress.search import controller
 
-    view = None if quiet or as_json else LiveView(err)
+    view = LiveView(err, shown=not (quiet or as_json))
     try:
-        if view:
-            view.__enter__()
-        try:
+        with view:
             if resume is not None:
-                front = controller.resume(resume, workers=workers, listener=view)
+                front = controller.resume(resume, budget=budget, workers=workers, listener=view)
             else:
                 front = controller.search(
                     task,
-                    budget,
+                    50 if budget is None else budget,
                     space,
                     seed=seed,
                     run=run,
@@ -119,14 +121,9 @@ def search(
                     min_accuracy=min_accuracy,
                     listener=view,
                 )
-        finally:
-            if view:
-                view.__exit__(None, None, None)
     except KeyboardInterrupt:
-        err.print(
-            "stopped; finished trials are kept: go on with autocompress search --resume RUN",
-            style="yellow",
-        )
+        go_on = f"; finished trials are kept: go on by --resume {view.folder}" if view.folder else ""
+        err.print(f"stopped{go_on}", style="yellow", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
         print_json({"run": str(front.folder), **front.to_json()})
@@ -178,12 +175,14 @@ def _show_artifact(path: Path, as_json: bool) -> None:
         )
         return
     table = Table(title=f"{path}: {artifact.size_bytes:,} bytes", title_justify="left")
-    for name in ("tensor", "shape", "stored as", "zeros", "bytes", "bits/weight", "share"):
-        table.add_column(
-            name,
-            justify="left" if name in ("tensor", "shape", "stored as") else "right",
-            no_wrap=True,
-        )
+    for name in ("tensor", "shape", "stored as", "zeros", "bytes", "bits/w"):
+        words = name in ("tensor", "shape", "stored as")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    table.add_column("share", no_wrap=True, min_width=_BAR)
+
+    def bar(size: int) -> str:
+        return "█" * math.ceil(_BAR * size / artifact.size_bytes)
+
     rest = 0
     for name, tensor in artifact.tensors.items():
         count = tensor.value.numel()
@@ -191,35 +190,14 @@ def _show_artifact(path: Path, as_json: bool) -> None:
             rest += tensor.size_bytes
             continue
         zeros = 100 * (1 - int(tensor.value.count_nonzero()) / max(count, 1))
-        bar = "█" * math.ceil(20 * tensor.size_bytes / artifact.size_bytes)
-        shape = " x ".join(map(str, tensor.value.shape))
+        bits = 8 * tensor.size_bytes / max(count, 1)
+        shape, size = "x".join(map(str, tensor.value.shape)), tensor.size_bytes
         table.add_row(
-            layer_name(name),
-            shape,
-            str(tensor.choice),
-            f"{zeros:.0f}%",
-            f"{tensor.size_bytes:,}",
-            f"{8 * tensor.size_bytes / max(count, 1):.2f}",
-            bar,
+            layer_name(name), shape, str(tensor.choice), f"{zeros:.0f}%", f"{size:,}", f"{bits:.2f}", bar(size)
         )
-    table.add_row(
-        "biases, norms, buffers",
-        "",
-        str(recipe.get("model", {}).get("vectors", "float32")),
-        "",
-        f"{rest:,}",
-        "",
-        "█" * math.ceil(20 * rest / artifact.size_bytes),
-    )
-    table.add_row(
-        "header: names, shapes, recipe",
-        "",
-        "",
-        "",
-        f"{artifact.header_bytes:,}",
-        "",
-        "█" * math.ceil(20 * artifact.header_bytes / artifact.size_bytes),
-    )
+    vectors = str(recipe.get("model", {}).get("vectors", "float32"))
+    table.add_row("vectors", "", vectors, "", f"{rest:,}", "", bar(rest))
+    table.add_row("header", "", "", "", f"{artifact.header_bytes:,}", "", bar(artifact.header_bytes))
     out.print(table)
 
 
@@ -387,6 +365,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"autocompress: {error.strerror or error}{where}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

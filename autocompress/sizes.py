@@ -28,10 +28,7 @@ def parse_size(text: str | int | float) -> int:
 def format_size(size_bytes: float) -> str:
     """Short decimal form: 999 B, 5.13 KB, 1.25 MB (1 KB = 1000 bytes)."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size_bytes >= factor:
-            return (
-                f"{size_bytes / factor:.3g} {unit}"
-                if size_bytes < 1e3 * factor
-                else f"{size_bytes / factor:.0f} {unit}"
-            )
+        if size_bytes >= 0.9995 * factor:
+            value = size_bytes / factor
+            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
     return f"{size_bytes:.0f} B"

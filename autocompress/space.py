@@ -131,7 +131,11 @@ class SearchSpace:
         if path.suffix in (".yaml", ".yml") or path.is_file():
             if not path.is_file():
                 raise SpaceError(f"search space file {str(name)!r} does not exist")
-            return cls.parse(path.read_text(), str(path), path.stem)
+            try:
+                text = path.read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SpaceError(f"search space file {str(name)!r} cannot be read: {error}") from error
+            return cls.parse(text, str(path), path.stem)
         files = space_files()
         if str(name) not in files:
             raise SpaceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -67,13 +68,18 @@ def terminal_plot(progress: Progress) -> Text:
 
 
 class LiveView:
-    """A listener for `search` that draws in place; plain lines where the output is not a terminal."""
+    """A listener for `search` that draws in place; plain lines where the output is not a terminal.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+    shown: False draws nothing. folder: that of the run, once it is known.
+    """
+
+    def __init__(self, console: Console, shown: bool = True) -> None:
+        self.console, self.shown = console, shown
+        self.folder: Path | None = None
+        terminal = shown and console.is_terminal
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if terminal else None
         self._phase = ""
-        self._shown = -1
+        self._told = -1
         self._first: tuple[float, int] | None = None
 
     def __enter__(self) -> LiveView:
@@ -91,14 +97,17 @@ class LiveView:
             self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
+        self.folder = progress.folder
+        if not self.shown:
+            return
         if progress.phase == "searching" and self._first is None:
             self._first = (progress.seconds, progress.done)
         if self._live:
             self._live.update(self._draw(progress))
         elif progress.phase != self._phase:
             self.console.print(f"{progress.phase} ...")
-        elif progress.done >= self._shown + max(1, progress.budget // 10):
-            self._shown = progress.done
+        elif progress.done >= self._told + max(1, progress.budget // 10):
+            self._told = progress.done
             self.console.print(self._status(progress))
         self._phase = progress.phase
 

@@ -32,6 +32,8 @@ from autocompress.techniques.base import trainings
 
 WALK, POLISH = 0.5, 0.85
 """Shares of the budget at which the walk ends and polishing begins."""
+_FEWEST, _LONGEST = 6, 0.35
+"""Steps of the walk of a small budget, and the smallest share of its bytes that one step leaves."""
 _REACH = 3
 """Levels that one dimension may move in one step."""
 
@@ -129,7 +131,8 @@ class FrontierSampler(BaseSampler):
             last = max(smallest, min(first, self.max_size_bytes) * 0.6)
             first = max(first, last * 1.5)
         first = max(first, last * 1.2)
-        count = max(1, round(WALK * self.budget))
+        count = max(1, round(WALK * self.budget), min(self.budget, _FEWEST))
+        last = max(last, first * _LONGEST ** (count - 1))
         return [first * (last / first) ** (i / max(count - 1, 1)) for i in range(count)]
 
     def _uniform_bytes(self) -> float:

@@ -1,0 +1,63 @@
+"""What people see while they wait."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from autocompress.front import Base
+from autocompress.report.live import LiveView, duration, terminal_plot
+from autocompress.search.controller import Progress
+
+POINTS = ((1000, 0.8), (4000, 0.97), (5000, 0.9), (50_000, 0.98))
+
+
+def progress(done: int, seconds: float, phase: str = "searching", failed: int = 0) -> Progress:
+    base = Base(700_000, 0.99, 0.98)
+    return Progress(phase, Path("runs/x"), done, failed, 50, seconds, base, POINTS)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_terminal_plot_marks_front_others_and_original() -> None:
+    text = terminal_plot(progress(4, 10)).plain
+    picture, legend = text.rsplit("\n", 1)
+    assert picture.count("●") == 3
+    assert picture.count("·") == 1
+    assert picture.count("■") == 1
+    assert "front" in legend
+    assert "1 KB" in picture
+    assert "700 KB" in picture
+    assert terminal_plot(Progress("searching", Path())).plain == ""
+
+
+def test_time_left_follows_the_rate() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    with LiveView(console) as view:
+        view(progress(0, 5))
+        view(progress(10, 25, failed=1))
+    assert isinstance(console.file, io.StringIO)
+    assert "10/50 trials, 30.0 a minute, 1:20 left, 1 failed" in console.file.getvalue()
+
+
+def test_a_terminal_sees_a_bar_and_a_plot() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with LiveView(console) as view:
+        view(progress(10, 25))
+    assert isinstance(console.file, io.StringIO)
+    assert "●" in console.file.getvalue()
+
+
+def test_quiet_is_quiet() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    with LiveView(console, shown=False) as view:
+        view(progress(10, 25))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == ""
+    assert view.folder == Path("runs/x")

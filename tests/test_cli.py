@@ -1,0 +1,153 @@
+"""The command line as people use it: what it prints, what it refuses, how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autocompress import __version__
+
+TESTS = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run, runs/demo, made by the command itself."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = cli(folder, "search", "--task", "mini:task", "--budget", "6", "--run", "demo")
+    assert done.returncode == 0, done.stderr
+    (folder / "search.out").write_text(done.stdout)
+    (folder / "search.err").write_text(done.stderr)
+    return folder
+
+
+def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
+    command = [sys.executable, "-m", "autocompress", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def front_of(place: Path) -> dict[str, list[dict[str, object]]]:
+    read: dict[str, list[dict[str, object]]] = json.loads((place / "runs" / "demo" / "front.json").read_text())
+    return read
+
+
+def test_a_search_shows_progress_and_ends_with_the_table(place: Path) -> None:
+    out, err = (place / "search.out").read_text(), (place / "search.err").read_text()
+    assert "float32 state_dict" in out
+    assert "run folder: runs/demo" in out
+    assert "6/6 trials" in err
+    assert "left" in err
+    assert "Traceback" not in err
+    for noise in ("ray", "Ray is", "INFO", "WARNING", "optuna"):
+        assert noise not in err.replace("starting Ray", "")
+
+
+def test_show_plot_and_pick(place: Path) -> None:
+    assert json.loads(cli(place, "show", "demo", "--json").stdout) == front_of(place)
+    assert "files on the front" in cli(place, "show", "runs/demo").stdout
+    picture = cli(place, "plot", "demo", "-o", "mine.svg")
+    assert picture.stdout.strip() == "mine.svg"
+    assert "<svg" in (place / "mine.svg").read_text()
+    largest = front_of(place)["front"][-1]
+    picked = json.loads(cli(place, "pick", "demo", "--max-size", "1MB", "-o", "best.acz", "--json").stdout)
+    assert picked["size_bytes"] == largest["size_bytes"] == (place / "best.acz").stat().st_size
+    assert "bytes, validation accuracy" in cli(place, "pick", "demo").stdout
+
+
+def test_evaluate_says_what_the_front_says(place: Path) -> None:
+    for point in front_of(place)["front"]:
+        file = str(Path("runs") / "demo" / str(point["artifact"]))
+        measured = json.loads(cli(place, "evaluate", file, "--task", "mini:task", "--json").stdout)
+        assert measured == {key: point[key] for key in ("size_bytes", "val_accuracy", "test_accuracy")}
+
+
+def test_the_inside_of_a_file(place: Path) -> None:
+    file = str(Path("runs") / "demo" / str(front_of(place)["front"][0]["artifact"]))
+    shown = cli(place, "show", file).stdout
+    assert "bits/w" in shown
+    assert "header" in shown
+    data = json.loads(cli(place, "show", file, "--json").stdout)
+    assert data["header_bytes"] + sum(t["size_bytes"] for t in data["tensors"].values()) == data["size_bytes"]
+
+
+def test_inspect_and_spaces(place: Path) -> None:
+    shown = cli(place, "inspect", "--task", "mini:task", "--space", "prune-only").stdout
+    assert "3 layers" in shown
+    assert "groups of channels" in shown
+    assert "joint space of about 10^" in shown
+    listed = cli(place, "spaces").stdout
+    for name in ("default", "prune-only", "quantize-only", "activation_bits", "rate_penalty"):
+        assert name in listed
+
+
+def test_resume_with_a_larger_budget(place: Path) -> None:
+    done = cli(place, "search", "--resume", "demo", "--budget", "7", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    printed = json.loads(done.stdout)
+    assert printed.pop("run") == "runs/demo"
+    assert printed == front_of(place)
+    assert len(list((place / "runs" / "demo" / "trials").iterdir())) == 7
+
+
+def test_version_and_help() -> None:
+    assert cli(Path(), "--version").stdout == f"autocompress {__version__}\n"
+    for command in ("search", "show", "plot", "pick", "evaluate", "inspect", "spaces"):
+        shown = cli(Path(), command, "--help")
+        assert shown.returncode == 0
+        assert "Usage: " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("search --task digit", "unknown task 'digit'; did you mean 'digits'?"),
+        ("search --task no.such:thing", "there is no module 'no.such'"),
+        ("search --sampler tpee", "did you mean 'tpe'?"),
+        ("search --space defalt", "did you mean 'default'?"),
+        ("search --space broken.yaml", "broken.yaml:2: not valid YAML"),
+        ("search --space typo.yaml", "typo.yaml:3: unknown dimension 'wieghts' in layers.*; did you mean 'weights'?"),
+        ("search --space choice.yaml", "choice.yaml:1: layers.*.weights: choice 'int99' does not exist"),
+        ("search --task mini:task --space nowhere.yaml", "pattern 'conf*' matches no layer"),
+        ("search --space noise.yaml", "cannot be read"),
+        ("search --budget 0", "budget 0 is not enough"),
+        ("search --max-size 10XB", "size '10XB' is not understood"),
+        ("search --task mini:task --max-size 10B", "the smallest is about"),
+        ("search --task mini:task --min-accuracy 95", "minimum accuracy 95 cannot be reached"),
+        ("search --run demo", "run 'runs/demo' exists"),
+        ("search --resume dema", "did you mean 'demo'?"),
+        ("show nothing", "there is no run 'nothing'"),
+        ("evaluate none.acz", "cannot read 'none.acz': No such file"),
+        ("evaluate noise.yaml", "is not an autocompress artifact"),
+        ("evaluate cut.acz", "is damaged"),
+        ("evaluate whole.acz", "another architecture"),
+        ("pick demo --max-size 10B", "the smallest of this run is"),
+        ("pick demo --min-accuracy 2", "no file with validation accuracy of at least 2"),
+        ("pick demo -o /proc/none/x.acz", "cannot write '/proc/none/x.acz'"),
+        ("plot demo -o x.gif", "ends in .png, .svg or .pdf"),
+        ("plot demo -o /proc/none/x.png", "cannot write"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments: str, message: str, place: Path) -> None:
+    (place / "broken.yaml").write_text("layers:\n  '*': {weights: [int4")
+    (place / "typo.yaml").write_text("layers:\n  '*':\n    wieghts: [int4]\n")
+    (place / "choice.yaml").write_text("layers: {'*': {weights: [int4, int99]}}\n")
+    (place / "nowhere.yaml").write_text("layers: {'conf*': {weights: [int4]}}\n")
+    (place / "noise.yaml").write_bytes(bytes(range(128, 256)))
+    whole = place / "runs" / "demo" / str(front_of(place)["front"][0]["artifact"])
+    (place / "whole.acz").write_bytes(whole.read_bytes())
+    (place / "cut.acz").write_bytes(whole.read_bytes()[:-9])
+    before = sorted(p.name for p in (place / "runs").iterdir())
+    done = cli(place, *arguments.split())
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("autocompress: ")
+    assert sorted(p.name for p in (place / "runs").iterdir()) == before, "no half-made run is left behind"
