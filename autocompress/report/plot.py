@@ -9,6 +9,10 @@ from autocompress.front import ParetoFront
 from autocompress.sizes import format_size
 
 
+_SHOWN = 30.0
+"""Points of accuracy that the picture shows; what lies lower is counted, not drawn."""
+
+
 def plot_front(front: ParetoFront, path: Path) -> Path:
     """Error against bytes of the file, both of the decoded model; PNG, SVG or PDF by the suffix."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -74,6 +78,12 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
                 arrowprops={"arrowstyle": "-", "color": blue},
                 color=blue,
             )
+        accuracies = [100 * p.val_accuracy for p in front.points] + [100 * base.val_accuracy]
+        floor = max(accuracies) - _SHOWN
+        if min(accuracies) < floor:
+            axes.set_ylim(bottom=floor)
+            below = sum(1 for accuracy in accuracies if accuracy < floor)
+            axes.text(0.01, 0.02, f"{below} smaller files below {floor:.0f}%", transform=axes.transAxes, color=grey)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", frameon=False)
