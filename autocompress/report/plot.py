@@ -8,7 +8,6 @@ from autocompress.errors import TargetError
 from autocompress.front import ParetoFront
 from autocompress.sizes import format_size
 
-
 _SHOWN = 30.0
 """Points of accuracy that the picture shows; what lies lower is counted, not drawn."""
 

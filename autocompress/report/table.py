@@ -9,7 +9,7 @@ from autocompress.front import ParetoFront
 
 def front_table(front: ParetoFront) -> Table:
     """One row a file, largest first; the first row is the original."""
-    table = Table(title=f"{front.task}: {len(front)} files on the front", title_justify="left")
+    table = Table(title=f"{front.task}: {len(front)} files on the front, in {front.folder}", title_justify="left")
     for name, justify in (
         ("bytes", "right"),
         ("ratio", "right"),
@@ -38,6 +38,6 @@ def front_table(front: ParetoFront) -> Table:
             f"{point.val_accuracy:.4f}",
             test,
             str(point.trial),
-            str(point.path),
+            point.artifact,
         )
     return table

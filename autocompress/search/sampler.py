@@ -225,7 +225,9 @@ class FrontierSampler(BaseSampler):
     def _useful(self, point: Point) -> bool:
         if self.max_size_bytes is not None and point.size > 1.5 * self.max_size_bytes:
             return False
-        floor = self.min_accuracy if self.min_accuracy is not None else 0.9 * self.base_accuracy
+        floor = self.min_accuracy
+        if floor is None:
+            floor = self.base_accuracy - 0.1 * abs(self.base_accuracy)
         return point.accuracy >= floor - 0.03
 
     def _front(self, done: Sequence[Point]) -> list[Point]:
