@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from pathlib import Path
 from typing import Protocol
+from unittest import mock
 
 from autocompress.errors import RunError
 from autocompress.trial import Rung, TrialResult, TrialSpec
@@ -30,8 +31,7 @@ _SILENCE = {
 }
 _TOKEN = secrets.token_hex(32)
 """What Ray's processes show each other; one a process, because Ray's client remembers the first it read."""
-LOOPBACK = "127.0.0.2"
-"""Ray rewrites 127.0.0.1 to the host's own address; this one stays on loopback."""
+LOOPBACK = "127.0.0.1"
 
 
 class Supply(Protocol):
@@ -61,16 +61,18 @@ def start_ray(workers: int) -> Path:
     import ray
 
     try:
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address=LOOPBACK,
-            _temp_dir=str(folder / "ray"),
-            object_store_memory=256 * 2**20,
-        )
+        # left to itself, Ray rewrites a loopback address to the host's own and listens on every interface
+        with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(folder / "ray"),
+                object_store_memory=256 * 2**20,
+            )
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise RunError(f"Ray did not start: {error}") from error

@@ -1,0 +1,33 @@
+"""Ray as we start it: silent, private, on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autocompress.search.engine import start_ray, stop_ray
+
+
+def listening_elsewhere() -> set[str]:
+    """Local addresses (hex, as in /proc/net/tcp) of sockets that listen on more than loopback."""
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    loopback = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+    return {row[1] for row in rows if row[3] == "0A" and not row[1].startswith(loopback)}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux only")
+def test_nothing_listens_beyond_loopback(capfd: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    before = listening_elsewhere()
+    folder = start_ray(1)
+    try:
+        assert ray.get(ray.remote(lambda: 41 + 1).remote()) == 42
+        assert listening_elsewhere() <= before
+    finally:
+        stop_ray(folder)
+    assert not folder.exists()
+    assert capfd.readouterr() == ("", "")
