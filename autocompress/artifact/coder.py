@@ -57,10 +57,7 @@ _DICTIONARY = np.frombuffer(
 """What headers tend to say: the text model learns it before it codes."""
 
 # --- context layout: shared slots live as long as the file, local ones as long as a tensor ---
-_ZERO_INPUTS = 8
-_MAGNITUDE_INPUTS = 5
 _NODES = 512
-_SIGN = 0
 _SHARED_ZERO = 16
 _SHARED_MAGNITUDE = _SHARED_ZERO + 6 * 4096
 _SHARED_FLOAT = _SHARED_MAGNITUDE + 3 * 32 * _NODES
@@ -321,7 +318,7 @@ def _code_text(
     """Bytes, each bit predicted by the 0, 1, 2, 3 and 5 bytes before and by the word so far."""
     slots = np.zeros(8, np.int64)
     stretched = np.zeros(8, np.int64)
-    hashes = np.zeros(6, np.int64)
+    hashes = np.zeros(_TEXT_ORDERS, np.int64)
     history = np.int64(0)
     word = np.int64(0)
     for i in range(len(text)):
@@ -331,10 +328,10 @@ def _code_text(
         hashes[5] = word
         node = 1
         for k in range(7, -1, -1):
-            for order in range(6):
+            for order in range(_TEXT_ORDERS):
                 mixed = hashes[order] + node * 0x3C6EF372
                 mixed = (mixed ^ (mixed >> 15)) * 0x2545F491
-                slots[order] = order * 65536 + ((mixed >> 12) & 0xFFFF)
+                slots[order] = order * _TEXT_TABLE + ((mixed >> 12) & (_TEXT_TABLE - 1))
             bit = _mixed(
                 rc,
                 buffer,
@@ -344,10 +341,10 @@ def _code_text(
                 table,
                 slots,
                 0,
-                6,
+                _TEXT_ORDERS,
                 mixer,
                 seen,
-                47,
+                _TEXT_SET,
                 stretched,
                 stretch,
                 squash,
@@ -443,11 +440,11 @@ def _code(
             while (done >> (6 + 2 * size)) > 0 and size < 3:
                 size += 1
             # --- zero or not ---
-            slots[0] = 16 + near
-            slots[1] = 16 + 4096 + row * 32 + column * 2 + (aw > 0)
-            slots[2] = 16 + 2 * 4096 + block * 64 + column * 4 + (an > 0) * 2 + (awk > 0)
-            slots[3] = 16 + 3 * 4096 + tensor * 12 + row
-            slots[4] = 16 + 4 * 4096 + min(aw + aww + an + ann + awk + ane, 15) * 64 + tensor
+            slots[0] = _SHARED_ZERO + near
+            slots[1] = _SHARED_ZERO + 4096 + row * 32 + column * 2 + (aw > 0)
+            slots[2] = _SHARED_ZERO + 2 * 4096 + block * 64 + column * 4 + (an > 0) * 2 + (awk > 0)
+            slots[3] = _SHARED_ZERO + 3 * 4096 + tensor * 12 + row
+            slots[4] = _SHARED_ZERO + 4 * 4096 + min(aw + aww + an + ann + awk + ane, 15) * 64 + tensor
             slots[5] = 0
             slots[6] = 1 + min(inside, 63) * 4 + min(aw + an, 3)
             slots[7] = 512 + row * 16 + block
@@ -555,12 +552,12 @@ def _code(
 
 @njit(cache=True)
 def _magnitude_slots(slots: Array, node: int, q: int, q2: int, row: int, column: int, tensor: int) -> None:
-    base = 16 + 6 * 4096
+    base = _SHARED_MAGNITUDE
     slots[0] = base + q * 512 + node
     slots[1] = base + 32 * 512 + (tensor >> 2) * 512 + node
     slots[2] = base + 64 * 512 + q2 * 512 + node
-    slots[3] = 4096 + node
-    slots[4] = 4096 + 512 + min(q2, 4) * 512 + node
+    slots[3] = _LOCAL_MAGNITUDE + node
+    slots[4] = _LOCAL_MAGNITUDE + 512 + min(q2, 4) * 512 + node
 
 
 @njit(cache=True)
@@ -589,8 +586,8 @@ def _float_bits(
     tells scales from shifts, so that each finds what was learned of its like.
     """
     pattern = x & ((1 << (1 + exponent + mantissa)) - 1)
-    near = 16 + 6 * 4096 + 96 * 512
-    far = 4096 + 8 * 512
+    near = _SHARED_FLOAT
+    far = _LOCAL_FLOAT
     node = 1
     for k in range(exponent, -1, -1):
         slots[0] = near + signs * 512 + node
