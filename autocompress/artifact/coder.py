@@ -112,7 +112,7 @@ class CoderState:
         if encode:
             self._make_room(values.size * (exponent + mantissa + 12) // 6)
         self.local[:] = 32768 << 10
-        counts = np.zeros(3 * columns + columns // kernel + 1, np.int32)
+        counts = np.zeros(columns + columns // kernel + 1, np.int32)
         _code(
             encode,
             values.reshape(-1),
@@ -406,8 +406,7 @@ def _code(
     slots = np.zeros(8, np.int64)
     stretched = np.zeros(8, np.int64)
     column_nonzero = counts[:columns]
-    column_size = counts[columns : 2 * columns]
-    channel_nonzero = counts[2 * columns :]
+    channel_nonzero = counts[columns:]
     nonzeros = 0
     before = 0
     signs_seen = 0
@@ -466,7 +465,6 @@ def _code(
                 squash,
                 rates,
             )
-            column_size[c] += 1
             if not nonzero:
                 values[at] = 0
                 continue

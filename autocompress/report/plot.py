@@ -13,7 +13,7 @@ _SHOWN = 30.0
 
 
 def plot_front(front: ParetoFront, path: Path) -> Path:
-    """Error against bytes of the file, both of the decoded model; PNG, SVG or PDF by the suffix."""
+    """Accuracy of the decoded model against bytes of the file; PNG, SVG or PDF by the suffix."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise TargetError(f"cannot draw {path.name!r}: give a name that ends in .png, .svg or .pdf")
     import matplotlib as mpl
