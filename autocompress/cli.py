@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -27,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
-_BAR = 12
 
 TaskOption = Annotated[
     str,
@@ -36,6 +34,7 @@ TaskOption = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")
 ]
+RunOrFile = Annotated[str, typer.Argument(metavar="RUN_OR_FILE", help="A run, or an .acz file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 MaxSize = Annotated[
     str | None,
@@ -140,7 +139,7 @@ def search(
 
 @app.command()
 def show(
-    path: Annotated[str, typer.Argument(metavar="RUN_OR_FILE", help="A run, or an .acz file.")],
+    path: RunOrFile,
     as_json: JsonOption = False,
 ) -> None:
     """Show the front of a run, or what is inside an .acz file: layers, bits per weight, bytes."""
@@ -156,49 +155,30 @@ def show(
 
 def _show_artifact(path: Path, as_json: bool) -> None:
     from autocompress import read_artifact
-    from autocompress.anatomy import layer_name
+    from autocompress.report.inside import inside_table
 
     artifact = read_artifact(path)
-    recipe = artifact.recipe.to_json()
-    if as_json:
-        tensors = {
-            name: {"shape": list(t.value.shape), "choice": t.choice, "size_bytes": t.size_bytes}
-            for name, t in artifact.tensors.items()
-        }
-        print_json(
-            {
-                "size_bytes": artifact.size_bytes,
-                "header_bytes": artifact.header_bytes,
-                "recipe": recipe,
-                "tensors": tensors,
-            }
-        )
+    if not as_json:
+        out.print(inside_table(artifact, str(path)))
         return
-    table = Table(title=f"{path}: {artifact.size_bytes:,} bytes", title_justify="left")
-    for name in ("tensor", "shape", "stored as", "zeros", "bytes", "bits/w"):
-        words = name in ("tensor", "shape", "stored as")
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-    table.add_column("share", no_wrap=True, min_width=_BAR)
+    tensors = {
+        name: {"shape": list(t.value.shape), "choice": t.choice, "size_bytes": t.size_bytes}
+        for name, t in artifact.tensors.items()
+    }
+    sizes = {"size_bytes": artifact.size_bytes, "header_bytes": artifact.header_bytes}
+    print_json({**sizes, "recipe": artifact.recipe.to_json(), "tensors": tensors})
 
-    def bar(size: int) -> str:
-        return "█" * math.ceil(_BAR * size / artifact.size_bytes)
 
-    rest = 0
-    for name, tensor in artifact.tensors.items():
-        count = tensor.value.numel()
-        if tensor.value.ndim < 2:
-            rest += tensor.size_bytes
-            continue
-        zeros = 100 * (1 - int(tensor.value.count_nonzero()) / max(count, 1))
-        bits = 8 * tensor.size_bytes / max(count, 1)
-        shape, size = "x".join(map(str, tensor.value.shape)), tensor.size_bytes
-        table.add_row(
-            layer_name(name), shape, str(tensor.choice), f"{zeros:.0f}%", f"{size:,}", f"{bits:.2f}", bar(size)
-        )
-    vectors = str(recipe.get("model", {}).get("vectors", "float32"))
-    table.add_row("vectors", "", vectors, "", f"{rest:,}", "", bar(rest))
-    table.add_row("header", "", "", "", f"{artifact.header_bytes:,}", "", bar(artifact.header_bytes))
-    out.print(table)
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(metavar="A", help="An .acz file.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+) -> None:
+    """Compare two .acz files layer by layer: shapes, formats, zeros and bytes."""
+    from autocompress import read_artifact
+    from autocompress.report.inside import difference_table
+
+    out.print(difference_table(read_artifact(one), read_artifact(other), (str(one), str(other))))
 
 
 def _front(run: str) -> Any:
@@ -213,16 +193,23 @@ def _front(run: str) -> Any:
 
 @app.command()
 def plot(
-    run: RunArgument,
+    path: RunOrFile,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf; RUN/front.png by default."),
+        typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf; by default front.png in the run."),
     ] = None,
 ) -> None:
-    """Draw the front of a run."""
-    front = _front(run)
+    """Draw the front of a run, or where the bytes of an .acz file go."""
     try:
-        sys.stdout.write(f"{front.plot(output or front.folder / 'front.png')}\n")
+        if Path(path).is_file():
+            from autocompress import read_artifact
+            from autocompress.report.plot import plot_inside
+
+            picture = output or Path(path).with_suffix(".png")
+            sys.stdout.write(f"{plot_inside(read_artifact(path), picture)}\n")
+        else:
+            front = _front(path)
+            sys.stdout.write(f"{front.plot(output or front.folder / 'front.png')}\n")
     except OSError as error:
         raise TargetError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
 

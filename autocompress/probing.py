@@ -13,14 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.artifact.coder import CoderState
-from autocompress.artifact.container import (
-    Codes,
-    Plan,
-    decode_artifact,
-    decoded,
-    encode_artifact,
-    matrix_of,
-)
+from autocompress.artifact.codes import write_codes
+from autocompress.artifact.container import Codes, Plan, decode_artifact, decoded, encode_artifact
 from autocompress.artifact.pack import fold_norms, plans, with_statistics
 from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.recipe import MODEL, Choice, Recipe
@@ -159,9 +153,8 @@ def layer_bytes(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str, 
 
 def coded_bytes(codes: Codes, exponent: int, mantissa: int) -> int:
     """Bytes of the entropy-coded stream of these codes alone."""
-    matrix, kernel = matrix_of(codes)
     state = CoderState()
-    state.code(np.ascontiguousarray(matrix).copy(), kernel, exponent, mantissa, True)
+    write_codes(state, codes, exponent, mantissa)
     return len(state.finish())
 
 

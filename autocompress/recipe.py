@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,10 @@ class Recipe:
     def dimension(self, dimension: str) -> dict[str, Choice]:
         """Site -> choice for the sites that this recipe changes in `dimension`."""
         return {site: choice for site, name, choice in self if name == dimension}
+
+    def only(self, dimensions: Container[str]) -> Recipe:
+        """The part of this recipe that lies in `dimensions`."""
+        return Recipe(tuple(pair for pair in self.choices if pair[0].rpartition(":")[2] in dimensions))
 
     def __iter__(self) -> Iterator[tuple[str, str, Choice]]:
         for key, choice in self.choices:

@@ -75,6 +75,19 @@ def test_the_inside_of_a_file(place: Path) -> None:
     assert "header" in shown
     data = json.loads(cli(place, "show", file, "--json").stdout)
     assert data["header_bytes"] + sum(t["size_bytes"] for t in data["tensors"].values()) == data["size_bytes"]
+    assert cli(place, "plot", file, "-o", "inside.svg").stdout.strip() == "inside.svg"
+    assert f"{data['size_bytes']:,} bytes" in (place / "inside.svg").read_text().replace("<!-- ", "").replace(
+        " -->", ""
+    )
+
+
+def test_two_files_side_by_side(place: Path) -> None:
+    small, large = (str(Path("runs") / "demo" / str(front_of(place)["front"][i]["artifact"])) for i in (0, -1))
+    shown = cli(place, "diff", small, large).stdout
+    sizes = [(place / file).stat().st_size for file in (small, large)]
+    assert all(f"{size:,}" in shown for size in sizes)
+    assert f"{100 * (sizes[1] / sizes[0] - 1):+,.1f}%" in shown
+    assert "+0.0%" in cli(place, "diff", small, small).stdout
 
 
 def test_inspect_and_spaces(place: Path) -> None:
@@ -99,7 +112,7 @@ def test_resume_with_a_larger_budget(place: Path) -> None:
 
 def test_version_and_help() -> None:
     assert cli(Path(), "--version").stdout == f"autocompress {__version__}\n"
-    for command in ("search", "show", "plot", "pick", "evaluate", "inspect", "spaces"):
+    for command in ("search", "show", "diff", "plot", "pick", "evaluate", "inspect", "spaces"):
         shown = cli(Path(), command, "--help")
         assert shown.returncode == 0
         assert "Usage: " in shown.stdout
@@ -131,6 +144,9 @@ def test_version_and_help() -> None:
         ("pick demo --max-size 10B", "the smallest of this run is"),
         ("pick demo --min-accuracy 2", "no file with validation accuracy of at least 2"),
         ("pick demo -o /proc/none/x.acz", "cannot write '/proc/none/x.acz'"),
+        ("diff whole.acz none.acz", "cannot read 'none.acz': No such file"),
+        ("diff whole.acz noise.yaml", "is not an autocompress artifact"),
+        ("plot whole.acz -o x.gif", "ends in .png, .svg or .pdf"),
         ("plot demo -o x.gif", "ends in .png, .svg or .pdf"),
         ("plot demo -o /proc/none/x.png", "cannot write"),
     ],

@@ -1,164 +1,193 @@
 """Adaptive, context-modelled binary entropy coding of weight tensors.
 
-Every decision (is it zero, its sign, the bits of its magnitude) is predicted by several adaptive
-contexts at once: neighbours, row density, column density, kernel position. Their predictions are
-mixed in the logistic domain by weights that learn as they go (Mahoney, PAQ/lpaq; the decisions follow
-DeepCABAC, Wiedemann et al., 2019) and a range coder writes the bit. No tables are stored, so a tensor
-of 500 weights costs little more than its information. All arithmetic is on integers: every machine
-decodes the same values. Encoder and decoder are one function, `_code`, so they cannot drift apart.
+A weight is a few binary decisions: is it zero, its sign, the bits of its magnitude (the decisions of
+DeepCABAC, Wiedemann et al., 2019). Each is predicted by several adaptive contexts at once; their
+predictions are mixed in the logistic domain by weights that learn as they go (Mahoney, lpaq), and a
+range coder writes the bit. The contexts know
 
-Compiled by numba on first use and cached on disk: no compiler is needed to install, and a Python loop
-over bits would be a thousand times slower.
+- how large weights of this row, this column and the tensor have been, and so how large this one may be;
+- the neighbours before and above, with their signs: kernels are smooth, and so are the rows of a layer
+  that reads an image;
+- a linear prediction from four neighbours whose coefficients are learned on the way (normalised least
+  mean squares, Widrow and Hoff, 1960);
+- the mean of the column and of the row, with sign; the place within the kernel.
+
+No tables are stored, so a tensor of 500 weights costs little more than its information. All arithmetic
+is on integers: every machine decodes the same values. Encoder and decoder are one function, `_code`, so
+they cannot drift apart. docs/format.md tells why numba compiles it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
+from autocompress.artifact.dictionary import DICTIONARY
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
-MAX_WEIGHTS_PER_BYTE = 12_000
-"""No bit costs less than 64 / 65536 of certainty, so no byte can hold more zeros than this."""
+MAX_WEIGHTS_PER_BYTE = 24_000
+"""No decision costs less than 16 / 65536 of certainty, so no byte can hold more zeros than this."""
 
-# --- tables (domain: 1/256 nat) ---
-_LIMIT = 2047
-_P_MIN = 48
+
+class Scan(NamedTuple):
+    """How a matrix of codes is walked.
+
+    kernel: columns that belong to one input channel. width: distance in columns to the neighbour above,
+    within a kernel when there is one; 0 when there is none.
+    """
+
+    kernel: int = 1
+    width: int = 0
+
+
+# --- tables; the logistic domain is in 1/256 nat ---
+_P_MIN = 16
+_STRETCH_LIMIT = 2047
 _STRETCH = np.array(
-    [max(-_LIMIT, min(_LIMIT, round(256 * math.log((i + 0.5) / (4096 - i - 0.5))))) for i in range(4096)],
-    dtype=np.int32,
+    [max(-_STRETCH_LIMIT, min(2047, round(256 * math.log((i + 0.5) / (4095.5 - i))))) for i in range(4096)], np.int32
 )
-_SQUASH_HALF = 3072
 _SQUASH = np.array(
-    [
-        max(_P_MIN, min(65536 - _P_MIN, round(65536 / (1 + math.exp(-i / 256)))))
-        for i in range(-_SQUASH_HALF, _SQUASH_HALF)
-    ],
-    dtype=np.int32,
+    [max(_P_MIN, min(65536 - _P_MIN, round(65536 / (1 + math.exp(-i / 256))))) for i in range(-2048, 2048)], np.int32
 )
-_RATE = np.array([round(65536 / (n + 1.6)) for n in range(1024)], dtype=np.int32)
+_RATE = np.array([round(65536 / (n + 1.5)) for n in range(1024)], np.int32)
+"""Learning rate of a counter that has seen n bits."""
+_TRUST = np.array([round(256 * n / (n + 1.05)) for n in range(1024)], np.int32)
+"""How loudly a counter that has seen n bits may speak."""
+_GAIN = np.array([round(2 + 22 * 60 / (60 + 4 * n)) for n in range(1024)], np.int32)
+"""Learning rate of mixing weights that have seen 4 n bits, in 2^-18."""
+_LOG = np.array([round(16 * math.log2(max(i, 0.5))) for i in range(4096)], np.int32)
 
-_DICTIONARY = np.frombuffer(
-    b"encoder.layers.0.self_attn.in_proj_weight\nencoder.layers.0.self_attn.in_proj_bias\nout_proj.weight\n"
-    b"out_proj.bias\nlinear1.weight\nlinear1.bias\nlinear2.weight\nlinear2.bias\nlstm.weight_ih_l0\nweight_hh_l0\n"
-    b"bias_ih_l0\nembedding.weight\nfc1.weight\nfc1.bias\nfc2.weight\nfeatures.0.conv.weight\nfeatures.0.norm.bias\n"
-    b"classifier.weight\nlayer1.0.conv1.weight\nlayer1.0.bn1.weight\nlayer1.0.bn1.bias\nlayer1.0.conv2.weight\n"
-    b"layer1.0.bn2.weight\nlayer1.0.bn2.bias\ndownsample.0.weight\nstem.conv.weight\nstem.norm.weight\n"
-    b"stem.norm.bias\nblock1.conv1.weight\nblock1.norm1.weight\nblock1.norm1.bias\nshortcut.conv.weight\n"
-    b"shortcut.norm.weight\nshortcut.norm.bias\nhead.weight\nhead.bias\n"
-    b"activation\0shardtanh\0activation\0srelu\0activation_bits\0i8\0activation_bits\0i6\0channels\0f0.5\0"
-    b"model\0precision\0sbfloat16\0rate_penalty\0f0.05\0vectors\0se8m3\0weights\0sint4\0weights\0sint3\0"
-    b"weights\0sint2\0weights\0sint8\0weights\0sfloat16\0sparsity\0f0.9\0sparsity\0f0.95\0sparsity\0f0.7\0",
-    np.uint8,
-).copy()
-"""What headers tend to say: the text model learns it before it codes."""
+LEARN, ENCODE, DECODE = range(3)
+"""What `_bit` does with a decision: take note of it only, write it, read it."""
 
-# --- context layout: shared slots live as long as the file, local ones as long as a tensor ---
-_NODES = 512
-_SHARED_ZERO = 16
-_SHARED_MAGNITUDE = _SHARED_ZERO + 6 * 4096
-_SHARED_FLOAT = _SHARED_MAGNITUDE + 3 * 32 * _NODES
-_SHARED = _SHARED_FLOAT + 36 * _NODES
-_LOCAL_MAGNITUDE = 4096
-_LOCAL_FLOAT = _LOCAL_MAGNITUDE + 8 * _NODES
-_LOCAL = _LOCAL_FLOAT + 1024 + 1024 * 8
-_SETS = 48
-_INPUTS = 8
-_TEXT_SET = 47
-_TEXT_ORDERS = 6
-_TEXT_TABLE = 1 << 16
-_FLAG = 12
+# --- memory: slots of counters (probability << 10 | bits seen), then mixing weights in vectors of 8 ---
+_LEVELS = 32
+_NEAR = 49
+_NODES = 160
+_S_ZERO_NEAR = 0
+_S_ZERO_LINEAR = _S_ZERO_NEAR + _NEAR * _LEVELS
+_S_SIGN_MEANS = _S_ZERO_LINEAR + 8 * _LEVELS
+_S_SIGN_NEAR = _S_SIGN_MEANS + _NEAR
+_S_SIGN_LINEAR = _S_SIGN_NEAR + _NEAR * 7
+_S_NODE_EXPECTED = _S_SIGN_LINEAR + 15 * _NEAR
+_S_NODE_TENSOR = _S_NODE_EXPECTED + 2 * _NODES * _LEVELS
+_S_NODE_MEANS = _S_NODE_TENSOR + 2 * _NODES * _LEVELS
+_S_FLOAT = _S_NODE_MEANS + _NODES * _NEAR
+_S_FLAG = _S_FLOAT + 36 * 512
+_LOCAL = _S_FLAG + 32
+"""From here on, slots are fresh for every tensor."""
+_L_COLUMN = _LOCAL
+_L_ROW = _L_COLUMN + _LEVELS
+_L_PLACE = _L_ROW + _LEVELS
+_L_NEAR = _L_PLACE + 64
+_L_SIGN = _L_NEAR + _NEAR
+_L_NODE = _L_SIGN + _NEAR
+_L_NODE_NEAR = _L_NODE + 2 * _NODES
+_L_NODE_LINEAR = _L_NODE_NEAR + _NODES * _NEAR
+_L_FLOAT = _L_NODE_LINEAR + _NODES * 15
+_WEIGHTS = _L_FLOAT + 1024 + 1024 * 8
+_W_ZERO = _WEIGHTS
+_W_SIGN = _W_ZERO + 8 * 2
+_W_NODE = _W_SIGN + 8
+_W_FLOAT = _W_NODE + 8 * 2 * 40
+_W_SECOND = _W_FLOAT + 8 * 2
+_W_NONE = _W_SECOND + 8 * _LEVELS * 81
+_SIZE = _W_NONE + 8
+_FRESH = 1 << 29
+_SEEN = 7
+_LIMIT = 1020
+
+# --- text ---
+_ORDERS = 6
+_TABLE = 1 << 14
+_T_MATCH = _ORDERS * _TABLE
+_T_WEIGHTS = _T_MATCH + 2 * 64
+_T_HASH = _T_WEIGHTS + 8 * 18
+_T_SIZE = _T_HASH + 4096
+
+
+def _fresh_weights(memory: Array, first: int, vectors: int, inputs: int) -> None:
+    for vector in range(first, first + 8 * vectors, 8):
+        memory[vector : vector + inputs] = round(65536 * 0.15)
 
 
 class CoderState:
-    """Everything adaptive: lives from the first to the last tensor of a file."""
+    """Everything adaptive: lives from the first to the last tensor of a file. Without `stream` it writes."""
 
     def __init__(self, stream: bytes | None = None) -> None:
-        self.shared = np.full(_SHARED, 32768 << 10, np.int32)
-        self.local = np.full(_LOCAL, 32768 << 10, np.int32)
-        self.mixer = np.full((_SETS, _INPUTS), round(65536 * 0.16), np.int32)
-        self.seen = np.zeros(_SETS, np.int64)
+        self.mode = ENCODE if stream is None else DECODE
+        self.memory = np.full(_SIZE, _FRESH, np.int32)
+        self.memory[_WEIGHTS:] = 0
+        for first, vectors, inputs in ((_W_ZERO, 2, 6), (_W_SIGN, 1, 4), (_W_NODE, 80, 6), (_W_FLOAT, 2, 3)):
+            _fresh_weights(self.memory, first, vectors, inputs)
         # low, range, cache, pending, position, code
         self.range = np.array([0, 0xFFFFFFFF, 0, 0, 0, 0], np.int64)
         self.buffer: Array = np.zeros(0, np.uint8)
         if stream is not None:
             self.buffer = np.frombuffer(bytearray(stream), np.uint8)
-            head = stream[:4] + bytes(max(0, 4 - len(stream)))
             self.range[4] = 4
-            self.range[5] = int.from_bytes(head, "big")
+            self.range[5] = int.from_bytes(stream[:4].ljust(4, b"\0"), "big")
 
     def _make_room(self, more: int) -> None:
         room = self.position + more + 64
-        if len(self.buffer) < room:
+        if self.mode == ENCODE and len(self.buffer) < room:
             grown = np.zeros(room, np.uint8)
             grown[: len(self.buffer)] = self.buffer
             self.buffer = grown
 
     def copy(self) -> CoderState:
         twin = CoderState.__new__(CoderState)
-        twin.__dict__.update({key: value.copy() for key, value in self.__dict__.items()})
+        twin.mode = self.mode
+        twin.memory, twin.range, twin.buffer = self.memory.copy(), self.range.copy(), self.buffer.copy()
         return twin
 
-    def code(self, values: Array, kernel: int, exponent: int, mantissa: int, encode: bool) -> None:
-        """Encode `values` int32 [rows, columns], or fill it by decoding.
+    def code(self, values: Array, scan: Scan, exponent: int, mantissa: int) -> None:
+        """Encode `values` int32 [rows, columns], C-contiguous, or fill it by decoding.
 
-        kernel: columns that belong to one input channel. exponent, mantissa: bits of a float's bit
-        pattern; exponent 0 means signed integers below 2^mantissa in magnitude.
+        exponent, mantissa: bits of a float's bit pattern; exponent 0 means signed integers of at most
+        2^mantissa in magnitude, mantissa at most 15.
         """
         rows, columns = values.shape
-        if encode:
-            self._make_room(values.size * (exponent + mantissa + 12) // 6)
-        self.local[:] = 32768 << 10
-        counts = np.zeros(columns + columns // kernel + 1, np.int32)
-        _code(
-            encode,
-            values.reshape(-1),
-            rows,
-            columns,
-            kernel,
-            exponent,
-            mantissa,
-            self.shared,
-            self.local,
-            self.mixer,
-            self.seen,
-            self.range,
-            self.buffer,
-            counts,
-            _STRETCH,
-            _SQUASH,
-            _RATE,
-        )
+        self._make_room(values.size * (exponent + mantissa + 3) * 3 // 2)
+        self.memory[_LOCAL:_WEIGHTS] = _FRESH
+        self.memory[_WEIGHTS + _SEEN :: 8] = 0  # mixing weights are kept, but learn fast again
+        flat = values.reshape(-1)
+        if exponent:
+            _code_floats(self.mode, flat, exponent, mantissa, self.memory, self.range, self.buffer)
+        else:
+            means = np.zeros((2, columns), np.int32)
+            sizes = (rows, columns, scan.kernel, scan.width, mantissa)
+            _code(self.mode, flat, sizes, self.memory, self.range, self.buffer, means[0], means[1])
 
-    def code_text(self, text: Array, encode: bool) -> None:
-        """Encode bytes uint8 [n], or fill them by decoding; the model knows `_DICTIONARY` beforehand."""
-        table = np.full(_TEXT_ORDERS * _TEXT_TABLE, 32768 << 10, np.int32)
-        scratch = CoderState()
-        scratch._make_room(2 * len(_DICTIONARY))
-        if encode:
-            self._make_room(2 * len(text))
-        for state, data, writes in ((scratch, _DICTIONARY, True), (self, text, encode)):
-            _code_text(
-                writes,
-                data,
-                table,
-                self.mixer,
-                self.seen,
-                state.range,
-                state.buffer,
-                _STRETCH,
-                _SQUASH,
-                _RATE,
-            )
+    def code_text(self, text: Array) -> None:
+        """Encode bytes uint8 [n], or fill them by decoding; the model knows `DICTIONARY` beforehand."""
+        memory = np.full(_T_SIZE, _FRESH, np.int32)
+        memory[_T_WEIGHTS:] = 0
+        _fresh_weights(memory, _T_WEIGHTS, 2, 7)
+        self._make_room(3 * len(text))
+        whole = np.concatenate([DICTIONARY, text])
+        _code_text(self.mode, whole, len(DICTIONARY), memory, self.range, self.buffer)
+        text[:] = whole[len(DICTIONARY) :]
 
-    def flag(self, value: bool, encode: bool) -> bool:
-        """Encode or decode one yes or no."""
-        if encode:
-            self._make_room(1)
-        return bool(_direct(self.range, self.buffer, encode, self.shared, _FLAG, int(value), _RATE))
+    def number(self, value: int = 0) -> int:
+        """Encode or decode a number of up to 20 bits; 0 costs a bit or less (Elias, gamma code)."""
+        bits, length = 0, int(value).bit_length()
+        while bits < 20 and self.flag(4 + bits, bits < length):
+            bits += 1
+        out = min(bits, 1)
+        for k in range(bits - 2, -1, -1):
+            out = out << 1 | self.flag(3, value >> k & 1 == 1)
+        return out
+
+    def flag(self, context: int, value: bool = False) -> bool:
+        """Encode or decode a yes or no; context: which of 32 kinds of question it is."""
+        self._make_room(1)
+        slot = _S_FLAG + context
+        return bool(_direct(self.mode, self.range, self.buffer, self.memory, slot, int(value)))
 
     @property
     def position(self) -> int:
@@ -173,9 +202,7 @@ class CoderState:
             if value < low + width:
                 break
         self.range[0] = value
-        room = np.zeros(self.position + 16, np.uint8)
-        room[: min(len(self.buffer), len(room))] = self.buffer[: len(room)]
-        self.buffer = room
+        self._make_room(16)
         for _ in range(5):
             _shift_low(self.range, self.buffer)
         return self.buffer[1 : int(self.range[4])].tobytes().rstrip(b"\0")
@@ -204,10 +231,12 @@ def _shift_low(rc: Array, buffer: Array) -> None:
 
 
 @njit(cache=True)
-def _bit(rc: Array, buffer: Array, encode: bool, p: int, bit: int) -> int:
+def _bit(mode: int, rc: Array, buffer: Array, p: int, bit: int) -> int:
     """Code one bit whose probability of being 1 is p / 65536."""
+    if mode == LEARN:
+        return bit
     bound = (rc[1] >> 16) * p
-    if encode:
+    if mode == ENCODE:
         if bit:
             rc[1] = bound
         else:
@@ -235,379 +264,303 @@ def _bit(rc: Array, buffer: Array, encode: bool, p: int, bit: int) -> int:
 
 
 @njit(cache=True)
-def _update(table: Array, slot: int, bit: int, limit: int, rates: Array) -> None:
-    state = table[slot]
+def _update(memory: Array, slot: int, bit: int) -> None:
+    state = memory[slot]
     n = state & 1023
     p = state >> 10
-    target = 65535 if bit else 0
-    p += ((target - p) * rates[n]) >> 16
-    table[slot] = (p << 10) | (n + 1 if n < limit else n)
+    target = 1048575 if bit else 0
+    p += ((target - p) * _RATE[n]) >> 16
+    memory[slot] = (p << 10) | (n + 1 if n < _LIMIT else n)
 
 
 @njit(cache=True)
-def _direct(rc: Array, buffer: Array, encode: bool, table: Array, slot: int, bit: int, rates: Array) -> int:
+def _direct(mode: int, rc: Array, buffer: Array, memory: Array, slot: int, bit: int) -> int:
     """A bit with one context."""
-    p = min(max(table[slot] >> 10, 48), 65536 - 48)
-    bit = _bit(rc, buffer, encode, p, bit)
-    _update(table, slot, bit, 250, rates)
+    p = min(max(memory[slot] >> 14, _P_MIN), 65536 - _P_MIN)
+    bit = _bit(mode, rc, buffer, p, bit)
+    _update(memory, slot, bit)
     return bit
 
 
 @njit(cache=True)
 def _mixed(
+    mode: int,
     rc: Array,
     buffer: Array,
-    encode: bool,
+    memory: Array,
     bit: int,
-    shared: Array,
-    local: Array,
     slots: Array,
-    first_local: int,
     inputs: int,
-    weights: Array,
-    seen: Array,
-    which: int,
+    first: int,
+    second: int,
     stretched: Array,
-    stretch: Array,
-    squash: Array,
-    rates: Array,
 ) -> int:
-    """A bit predicted by `inputs` contexts: slots[:first_local] are shared, the rest are local."""
-    total = np.int64(0)
+    """A bit predicted by the counters in slots[:inputs], mixed by the sum of two weight vectors."""
+    dot = 0
     for k in range(inputs):
-        state = shared[slots[k]] if k < first_local else local[slots[k]]
-        s = stretch[(state >> 10) >> 4]
-        n = state & 1023
-        if n < 6:  # young contexts speak softly
-            s = s * (n + 2) >> 3
+        state = memory[slots[k]]
+        s = (_STRETCH[state >> 18] * _TRUST[state & 1023]) >> 8
         stretched[k] = s
-        total += np.int64(weights[which, k]) * s
-    dot = total >> 16
-    if dot > 3071:
-        dot = np.int64(3071)
-    if dot < -3072:
-        dot = np.int64(-3072)
-    p = squash[dot + 3072]
-    bit = _bit(rc, buffer, encode, p, bit)
+        dot += (memory[first + k] + memory[second + k]) * s
+    p = _SQUASH[min(max(dot >> 16, -2048), 2047) + 2048]
+    bit = _bit(mode, rc, buffer, p, bit)
     error = (65536 if bit else 0) - p
-    n = seen[which]
-    gain = 2 + 24 // (1 + (n >> 5))
-    seen[which] = n + 1
+    seen = memory[first + _SEEN]
+    memory[first + _SEEN] = seen + 1 if seen < 4095 else seen
+    error *= _GAIN[seen >> 2]
+    both = 1 if second != _W_NONE else 0
     for k in range(inputs):
-        weights[which, k] += (stretched[k] * error * gain + 131072) >> 18
-        if k < first_local:
-            _update(shared, slots[k], bit, 255, rates)
-        else:
-            _update(local, slots[k], bit, 1000, rates)
+        step = (stretched[k] * error + 131072) >> 18
+        memory[first + k] += step
+        memory[second + k] += step * both
+        _update(memory, slots[k], bit)
     return bit
 
 
 @njit(cache=True)
-def _code_text(
-    encode: bool,
-    text: Array,
-    table: Array,
-    mixer: Array,
-    seen: Array,
-    rc: Array,
-    buffer: Array,
-    stretch: Array,
-    squash: Array,
-    rates: Array,
-) -> None:
-    """Bytes, each bit predicted by the 0, 1, 2, 3 and 5 bytes before and by the word so far."""
-    slots = np.zeros(8, np.int64)
-    stretched = np.zeros(8, np.int64)
-    hashes = np.zeros(_TEXT_ORDERS, np.int64)
-    history = np.int64(0)
-    word = np.int64(0)
-    for i in range(len(text)):
-        for order in range(5):
-            length = order if order < 4 else 5
-            hashes[order] = (history & ((1 << (8 * length)) - 1)) * 0x2F0B4C47
-        hashes[5] = word
-        node = 1
-        for k in range(7, -1, -1):
-            for order in range(_TEXT_ORDERS):
-                mixed = hashes[order] + node * 0x3C6EF372
-                mixed = (mixed ^ (mixed >> 15)) * 0x2545F491
-                slots[order] = order * _TEXT_TABLE + ((mixed >> 12) & (_TEXT_TABLE - 1))
-            bit = _mixed(
-                rc,
-                buffer,
-                encode,
-                (text[i] >> k) & 1,
-                table,
-                table,
-                slots,
-                0,
-                _TEXT_ORDERS,
-                mixer,
-                seen,
-                _TEXT_SET,
-                stretched,
-                stretch,
-                squash,
-                rates,
-            )
-            node = (node << 1) | bit
-        byte = node - 256
-        text[i] = byte
-        history = ((history << 8) | byte) & 0xFFFFFFFFFF
-        word = ((word + byte + 1) * 0x2C9277B5) & 0xFFFFFFFF if byte >= 48 else np.int64(0)
-
-
-@njit(cache=True)
-def _level(nonzero: int, n: int, prior: int) -> int:
-    """Density as one of 12 levels, logarithmic at both ends; prior in 1/4096."""
-    d = (nonzero * 4096 + 2 * prior) // (n + 2)
-    if d > 2048:
-        d = 4096 - d
-        if d > 1024:
-            return 6
-        if d > 512:
-            return 7
-        if d > 200:
-            return 8
-        if d > 80:
-            return 9
-        return 10 if d > 20 else 11
-    if d > 1024:
-        return 5
-    if d > 560:
-        return 4
-    if d > 280:
-        return 3
-    if d > 140:
-        return 2
-    return 1 if d > 50 else 0
+def _near(value: int, unit: int) -> int:
+    """A signed neighbour in 7 levels against `unit`, in the same scale: 3 is about zero."""
+    size = abs(value)
+    level = (10 * size >= 3 * unit) + (size >= unit) + (size >= 2 * unit)
+    return 3 - level if value < 0 else 3 + level
 
 
 @njit(cache=True)
 def _code(
-    encode: bool,
+    mode: int,
     values: Array,
-    rows: int,
-    columns: int,
-    kernel: int,
-    exponent: int,
-    mantissa: int,
-    shared: Array,
-    local: Array,
-    mixer: Array,
-    seen: Array,
+    sizes: tuple[int, int, int, int, int],
+    memory: Array,
     rc: Array,
     buffer: Array,
-    counts: Array,
-    stretch: Array,
-    squash: Array,
-    rates: Array,
+    column_size: Array,
+    column_mean: Array,
 ) -> None:
+    """Integers. Running means are in 2^-fine of a code, their levels in half octaves."""
+    rows, columns, kernel, width, mantissa = sizes
     slots = np.zeros(8, np.int64)
     stretched = np.zeros(8, np.int64)
-    column_nonzero = counts[:columns]
-    channel_nonzero = counts[columns:]
+    shift = max(11 - mantissa, 0)
+    offset = 160 - 16 * shift
+    fine = shift + 8
+    tensor_size = (3 << fine) // 10  # mean magnitude of all codes
+    nonzero_size = 1 << fine  # ... of those that are not zero
     nonzeros = 0
-    before = 0
-    signs_seen = 0
+    l0, l1, l2, l3 = 6554, 0, 5243, 0  # coefficients of the linear prediction, in 2^-16
+    zero_weights = _W_ZERO + 8 * (kernel > 1)
+    at = -1
     for r in range(rows):
-        row_nonzero = 0
+        row_size = tensor_size
+        row_mean = 0
+        west = west2 = 0
+        inside = 0  # place within the kernel
+        across = 0  # place within a row of the kernel
         for c in range(columns):
-            at = r * columns + c
-            done = at
-            prior = (nonzeros * 4096 + 1024) // (done + 1)
-            if prior > 4095:
-                prior = 4095
-            w = values[at - 1] if c > 0 else 0
-            ww = values[at - 2] if c > 1 else 0
-            north = values[at - columns] if r > 0 else 0
-            nn = values[at - 2 * columns] if r > 1 else 0
-            wk = values[at - kernel] if c >= kernel else 0
-            ne = values[at - columns + 1] if r > 0 and c + 1 < columns else 0
-            if exponent:
-                w, ww, north, nn, wk, ne = w != 0, ww != 0, north != 0, nn != 0, wk != 0, ne != 0
-            aw, aww, an, ann, awk, ane = abs(w), abs(ww), abs(north), abs(nn), abs(wk), abs(ne)
-            row = _level(row_nonzero, c, prior)
-            column = _level(column_nonzero[c], r, prior)
-            channel = c // kernel
-            inside = c - channel * kernel
-            block = _level(channel_nonzero[channel], r * kernel + inside, prior)
-            tensor = prior >> 6
-            near = min(aw, 2) + 3 * min(an, 2) + 9 * min(awk, 2) + 27 * min(aww, 2)
-            x = values[at]
-            size = 0
-            while (done >> (6 + 2 * size)) > 0 and size < 3:
-                size += 1
+            at += 1
+            if r == 0:
+                column_size[c] = tensor_size
+            north = northwest = 0
+            if kernel > 1:
+                if across == 0:
+                    west = west2 = 0
+                if width > 0 and inside >= width:
+                    north = values[at - width]
+                    northwest = values[at - width - 1] if across > 0 else 0
+            elif width > 0 and c >= width:
+                north = values[at - width]
+                northwest = values[at - width - 1] if c > width else 0
+            # --- what to expect ---
+            log_tensor = _LOG[min(tensor_size >> 8, 4095)]
+            log_row = _LOG[min(row_size >> 8, 4095)]
+            log_column = _LOG[min(column_size[c] >> 8, 4095)]
+            level = min(max((log_tensor + offset) >> 3, 0), 31)
+            expected = min(max((log_row + log_column - log_tensor + offset) >> 3, 0), 31)
+            near_w = _near(west << fine, nonzero_size)
+            near_n = _near(north << fine, nonzero_size)
+            near = near_w * 7 + near_n
+            near_c = _near(2 * column_mean[c], tensor_size)
+            near_r = _near(4 * row_mean, tensor_size)
+            prediction = 0
+            linear = 7
+            energy = west * west + west2 * west2 + north * north + northwest * northwest
+            unit = max(tensor_size >> shift, 1)
+            if energy:
+                prediction = (l0 * west + l1 * west2 + l2 * north + l3 * northwest) >> 8
+                linear = min((abs(prediction) * 4 + (unit >> 1)) // unit, 7)
+                linear = 7 - linear if prediction < 0 else 7 + linear
             # --- zero or not ---
-            slots[0] = _SHARED_ZERO + near
-            slots[1] = _SHARED_ZERO + 4096 + row * 32 + column * 2 + (aw > 0)
-            slots[2] = _SHARED_ZERO + 2 * 4096 + block * 64 + column * 4 + (an > 0) * 2 + (awk > 0)
-            slots[3] = _SHARED_ZERO + 3 * 4096 + tensor * 12 + row
-            slots[4] = _SHARED_ZERO + 4 * 4096 + min(aw + aww + an + ann + awk + ane, 15) * 64 + tensor
-            slots[5] = 0
-            slots[6] = 1 + min(inside, 63) * 4 + min(aw + an, 3)
-            slots[7] = 512 + row * 16 + block
-            nonzero = _mixed(
-                rc,
-                buffer,
-                encode,
-                1 if x != 0 else 0,
-                shared,
-                local,
-                slots,
-                5,
-                8,
-                mixer,
-                seen,
-                size,
-                stretched,
-                stretch,
-                squash,
-                rates,
-            )
-            if not nonzero:
-                values[at] = 0
-                continue
-            nonzeros += 1
-            row_nonzero += 1
-            column_nonzero[c] += 1
-            channel_nonzero[channel] += 1
-            if exponent:
-                values[at] = _float_bits(
-                    rc, buffer, encode, x, before, signs_seen, exponent, mantissa, shared, local, slots,
-                    mixer, seen, stretched, stretch, squash, rates,
-                )  # fmt: skip
-                pattern = values[at] & ((1 << (1 + exponent + mantissa)) - 1)
-                before = (pattern >> mantissa) & ((1 << exponent) - 1)
-                signs_seen = max(signs_seen, 1 + (pattern >> (exponent + mantissa)))
-                continue
-            # --- sign ---
-            signs = (0 if w == 0 else (1 if w > 0 else 2)) + 3 * (0 if north == 0 else (1 if north > 0 else 2))
-            negative = _direct(rc, buffer, encode, shared, signs, 1 if x < 0 else 0, rates)
-            # --- magnitude: length in bits, then the bits below the first, as one tree ---
-            m = abs(x)
-            length = 0
-            while (m >> (length + 1)) > 0:
-                length += 1
-            around = aw + an + awk + ((aww + ane) >> 1)
-            q = 0
-            while (around >> q) > 0 and q < 9:
-                q += 1
-            q2 = 0
-            while (max(aw, an) >> q2) > 0 and q2 < 9:
-                q2 += 1
-            code = 0
-            while code < mantissa:
-                more = 1 if length > code else 0
-                _magnitude_slots(slots, code, q, q2, row, column, tensor)
-                more = _mixed(
-                    rc,
-                    buffer,
-                    encode,
-                    more,
-                    shared,
-                    local,
-                    slots,
-                    3,
-                    5,
-                    mixer,
-                    seen,
-                    4 + min(code, 9),
-                    stretched,
-                    stretch,
-                    squash,
-                    rates,
-                )
-                if not more:
-                    break
-                code += 1
-            value = 1
-            for k in range(code - 1, -1, -1):
-                node = 16 + value
-                node = min(node, 511)
-                _magnitude_slots(slots, node, q, q2, row, column, tensor)
-                bit = _mixed(
-                    rc,
-                    buffer,
-                    encode,
-                    (m >> k) & 1,
-                    shared,
-                    local,
-                    slots,
-                    3,
-                    5,
-                    mixer,
-                    seen,
-                    16 + min(code - 1 - k, 3) + 4 * min(code, 6),
-                    stretched,
-                    stretch,
-                    squash,
-                    rates,
-                )
-                value = (value << 1) | bit
-            values[at] = -value if negative else value
+            x = values[at]
+            slots[0] = _L_COLUMN + min(max((log_column + offset) >> 3, 0), 31)
+            slots[1] = _L_ROW + min(max((log_row + offset) >> 3, 0), 31)
+            slots[2] = _L_PLACE + min(inside, 63)
+            slots[3] = _L_NEAR + near
+            slots[4] = _S_ZERO_NEAR + near * _LEVELS + level
+            slots[5] = _S_ZERO_LINEAR + abs(linear - 7) * _LEVELS + expected
+            magnitude = 0
+            if _mixed(mode, rc, buffer, memory, x != 0, slots, 6, zero_weights, _W_NONE, stretched):
+                second = _W_SECOND + 8 * 81 * level
+                # --- sign ---
+                slots[0] = _S_SIGN_MEANS + near_c * 7 + near_r
+                slots[1] = _L_SIGN + near
+                slots[2] = _S_SIGN_NEAR + near * 7 + near_c
+                slots[3] = _S_SIGN_LINEAR + linear * _NEAR + near
+                negative = _mixed(mode, rc, buffer, memory, x < 0, slots, 4, _W_SIGN, second, stretched)
+                if negative:  # from here on, neighbours are seen from the side of this weight
+                    near_w, near_n, near_c, near_r, linear = 6 - near_w, 6 - near_n, 6 - near_c, 6 - near_r, 14 - linear
+                near, means = near_w * 7 + near_n, near_c * 7 + near_r
+                # --- magnitude: length in bits, then the bits below the first, as one tree ---
+                magnitude = abs(x)
+                length = 0
+                while (magnitude >> (length + 1)) > 0:
+                    length += 1
+                bits = 0
+                below = 0  # bits of the tree that are still to come
+                coded = 1
+                growing = mantissa > 0
+                while growing or below > 0:
+                    if growing:
+                        node, vector, decision = min(bits, 15), min(bits, 9), 1 if length > bits else 0
+                    else:
+                        node, vector = min(16 + coded, _NODES - 1), 10 + min(bits - below, 3) + 4 * min(bits, 6)
+                        decision = (magnitude >> (below - 1)) & 1
+                    signed = 2 * node + negative
+                    slots[0] = _L_NODE + signed
+                    slots[1] = _S_NODE_EXPECTED + signed * _LEVELS + expected
+                    slots[2] = _S_NODE_TENSOR + signed * _LEVELS + level
+                    slots[3] = _L_NODE_NEAR + node * _NEAR + near
+                    slots[4] = _S_NODE_MEANS + node * _NEAR + means
+                    slots[5] = _L_NODE_LINEAR + node * 15 + linear
+                    vector = 8 * (2 * vector + negative)
+                    decision = _mixed(
+                        mode, rc, buffer, memory, decision, slots, 6, _W_NODE + vector, second + 8 + vector, stretched
+                    )
+                    if growing:
+                        bits += decision
+                        growing = decision == 1 and bits < mantissa
+                        below = bits
+                    else:
+                        coded = (coded << 1) | decision
+                        below -= 1
+                magnitude = coded
+                x = -magnitude if negative else magnitude
+                nonzero_size += (((magnitude << fine) - nonzero_size) * _RATE[min(nonzeros, 1023)]) >> 16
+                nonzeros += 1
+            else:
+                x = 0
+            values[at] = x
+            # --- learn ---
+            if energy:
+                rate = 131 + 655360 // (500 + at)
+                error = (x << 8) - prediction
+                norm = (energy << 8) + ((8 * unit * unit) >> 8) + 26
+                factor = ((rate * error) << 8) // norm
+                l0 += (factor * west) >> 8
+                l1 += (factor * west2) >> 8
+                l2 += (factor * north) >> 8
+                l3 += (factor * northwest) >> 8
+            size = magnitude << fine
+            signed_size = x << fine
+            row_rate, column_rate = _RATE[min(c + 3, 1023)], _RATE[min(r + 3, 1023)]
+            row_size += ((size - row_size) * row_rate) >> 16
+            row_mean += ((signed_size - row_mean) * row_rate) >> 16
+            column_size[c] += ((size - column_size[c]) * column_rate) >> 16
+            column_mean[c] += ((signed_size - column_mean[c]) * column_rate) >> 16
+            tensor_size += ((size - tensor_size) * _RATE[min(at + 1, 1023)]) >> 16
+            west2, west = west, x
+            inside += 1
+            across += 1
+            if across == width:
+                across = 0
+            if inside == kernel:
+                inside = across = 0
 
 
 @njit(cache=True)
-def _magnitude_slots(slots: Array, node: int, q: int, q2: int, row: int, column: int, tensor: int) -> None:
-    base = _SHARED_MAGNITUDE
-    slots[0] = base + q * 512 + node
-    slots[1] = base + 32 * 512 + (tensor >> 2) * 512 + node
-    slots[2] = base + 64 * 512 + q2 * 512 + node
-    slots[3] = _LOCAL_MAGNITUDE + node
-    slots[4] = _LOCAL_MAGNITUDE + 512 + min(q2, 4) * 512 + node
+def _code_floats(
+    mode: int, values: Array, exponent: int, mantissa: int, memory: Array, rc: Array, buffer: Array
+) -> None:
+    """Bit patterns: zero or not; sign and exponent as a tree; three bits of mantissa; the rest as they are.
 
-
-@njit(cache=True)
-def _float_bits(
-    rc: Array,
-    buffer: Array,
-    encode: bool,
-    x: int,
-    before: int,
-    signs: int,
-    exponent: int,
-    mantissa: int,
-    shared: Array,
-    local: Array,
-    slots: Array,
-    mixer: Array,
-    seen: Array,
-    stretched: Array,
-    stretch: Array,
-    squash: Array,
-    rates: Array,
-) -> int:
-    """Sign, exponent (a tree), three bits of mantissa, the rest as they are.
-
-    before: the exponent of the value before. signs: 0 first value, 1 all positive so far, 2 mixed; it
-    tells scales from shifts, so that each finds what was learned of its like.
+    Contexts: the exponent before; whether only positive values came so far, which tells scales from
+    shifts, so that each finds what was learned of its like.
     """
-    pattern = x & ((1 << (1 + exponent + mantissa)) - 1)
-    near = _SHARED_FLOAT
-    far = _LOCAL_FLOAT
-    node = 1
-    for k in range(exponent, -1, -1):
-        slots[0] = near + signs * 512 + node
-        slots[1] = near + 3 * 512 + (before & 31) * 512 + node
-        slots[2] = far + node
-        bit = _mixed(
-            rc, buffer, encode, (pattern >> (mantissa + k)) & 1, shared, local, slots, 2, 3, mixer, seen,
-            44, stretched, stretch, squash, rates,
-        )  # fmt: skip
-        node = (node << 1) | bit
-    value = node - (1 << (exponent + 1))
+    slots = np.zeros(8, np.int64)
+    stretched = np.zeros(8, np.int64)
+    mask = (1 << (1 + exponent + mantissa)) - 1
+    before = 0
+    signs = 0  # 0 no value yet, 1 all positive so far, 2 mixed
     top = min(mantissa, 3)
-    tree = 1
-    for k in range(top):
-        slots[0] = near + 35 * 512 + signs * 8 + tree
-        slots[1] = far + 1024 + (node & 1023) * 8 + tree
-        bit = _mixed(
-            rc, buffer, encode, (pattern >> (mantissa - 1 - k)) & 1, shared, local, slots, 1, 2, mixer, seen,
-            45, stretched, stretch, squash, rates,
-        )  # fmt: skip
-        tree = (tree << 1) | bit
-    value = (value << top) | (tree - (1 << top))
-    for k in range(mantissa - top - 1, -1, -1):
-        value = (value << 1) | _bit(rc, buffer, encode, 32768, (pattern >> k) & 1)
-    return value
+    for at in range(len(values)):
+        pattern = values[at] & mask
+        if not _direct(mode, rc, buffer, memory, _L_FLOAT, pattern != 0):
+            values[at] = 0
+            continue
+        node = 1
+        for k in range(1 + exponent + top):
+            if k <= exponent:
+                slots[0] = _S_FLOAT + signs * 512 + node
+                slots[1] = _S_FLOAT + (3 + (before & 31)) * 512 + node
+                slots[2] = _L_FLOAT + node
+                vector = _W_FLOAT
+            else:
+                tree = (1 << (k - 1 - exponent)) | (node & ((1 << (k - 1 - exponent)) - 1))
+                slots[0] = _S_FLOAT + 35 * 512 + signs * 8 + tree
+                slots[1] = _L_FLOAT + 1024 + ((node >> (k - 1 - exponent)) & 1023) * 8 + tree
+                slots[2] = _L_FLOAT + 1024 + tree
+                vector = _W_FLOAT + 8
+            bit = (pattern >> (exponent + mantissa - k)) & 1
+            bit = _mixed(mode, rc, buffer, memory, bit, slots, 3, vector, _W_NONE, stretched)
+            node = (node << 1) | bit
+        value = node - (1 << (1 + exponent + top))
+        for k in range(mantissa - top - 1, -1, -1):
+            value = (value << 1) | _bit(mode, rc, buffer, 32768, (pattern >> k) & 1)
+        values[at] = value if exponent + mantissa < 31 else np.int32(value - (value >> 31 << 32))
+        before = (value >> mantissa) & ((1 << exponent) - 1)
+        signs = max(signs, 1 + (value >> (exponent + mantissa)))
+
+
+@njit(cache=True)
+def _code_text(mode: int, text: Array, known: int, memory: Array, rc: Array, buffer: Array) -> None:
+    """Bytes, each bit predicted by the 0, 1, 2, 3 and 5 bytes before, by the word so far and by what
+    followed the longest match. The first `known` bytes are learned, not coded."""
+    slots = np.zeros(8, np.int64)
+    stretched = np.zeros(8, np.int64)
+    hashes = np.zeros(_ORDERS, np.int64)
+    history = 0
+    word = 0
+    match = 0  # place of the byte that the match predicts; 0: none
+    length = 0
+    for i in range(len(text)):
+        now = LEARN if i < known else mode
+        for order in range(5):
+            size = order if order < 4 else 5
+            hashes[order] = (history & ((1 << (8 * size)) - 1)) * 0x2F0B4C47
+        hashes[5] = word
+        node = 1
+        agrees = match > 0
+        for k in range(7, -1, -1):
+            for order in range(_ORDERS):
+                mixed = hashes[order] + node * 0x3C6EF372
+                mixed = (mixed ^ (mixed >> 15)) * 0x2545F491
+                slots[order] = order * _TABLE + ((mixed >> 12) & (_TABLE - 1))
+            guess = (text[match] >> k) & 1 if agrees else 0
+            slots[6] = _T_MATCH + (min(length, 31) * 2 + guess if agrees else 0)
+            vector = _T_WEIGHTS + 8 * agrees
+            second = _T_WEIGHTS + 16 + 8 * min(length, 15)
+            bit = (text[i] >> k) & 1
+            bit = _mixed(now, rc, buffer, memory, bit, slots, 7, vector, second, stretched)
+            agrees = agrees and bit == guess
+            node = (node << 1) | bit
+        byte = node - 256
+        text[i] = byte
+        history = ((history << 8) | byte) & 0xFFFFFFFFFF
+        word = ((word + byte + 1) * 0x2C9277B5) & 0xFFFFFFFF if byte >= 48 else 0
+        if match > 0 and agrees:
+            match += 1
+            length += 1
+        else:
+            match = length = 0
+        key = _T_HASH + (((history & 0xFFFFFF) * 0x9E3779B1) >> 12 & 4095)
+        if match == 0:
+            match = memory[key]
+        memory[key] = i + 1

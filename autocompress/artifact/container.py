@@ -3,8 +3,8 @@
     magic "\\x89ACZ" | version u8 | CRC-32 of the rest u32 | header length varint | entropy-coded stream
 
 The stream holds the header first (names, shapes, codings, steps and the recipe), then the tensors.
-Nothing in a file is
-executed, and no allocation is larger than the sizes that the file declares and the reader has checked.
+Nothing in a file is executed, and no allocation is larger than the sizes that the file declares and the
+reader has checked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from autocompress.artifact.coder import MAX_WEIGHTS_PER_BYTE, CoderState
+from autocompress.artifact.codes import read_codes, write_codes
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Choice, Recipe
 from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged
@@ -31,12 +33,13 @@ from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged
 MAGIC = b"\x89ACZ"
 VERSION = 1
 _PREFIX = struct.Struct("<4sBI")
-_MAX_ROW_KERNEL = 1 << 16
+_MAX_KERNEL = 1 << 16
 _MAX_CONSTANT = 1 << 24
 _MAX_RANK = 8
-_TRANSPOSABLE = 1 << 20
 _EMPTY = torch.empty(0)
-CODED, CONSTANT, RAW = range(3)
+_CONSTANT, _RAW, _CODED = range(3)
+"""Kinds of tensors; coded ones are _CODED + choice + _CHOICES x tag of the coding."""
+_CHOICES = 32
 Codes = np.ndarray[Any, np.dtype[np.int32]]
 _RAW_TYPES = (
     torch.int64,
@@ -56,12 +59,13 @@ class StoredTensor:
 
     value: as decoded; float32, or the integer type it was stored in. choice: number format it was
     coded in ("constant" and "raw" for tensors that need none). size_bytes: bytes of the
-    entropy-coded stream that it takes (headers are counted apart).
+    entropy-coded stream that it takes (headers are counted apart). parameters: of its coding.
     """
 
     value: Tensor
     choice: Choice
     size_bytes: int = 0
+    parameters: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Plan:
 class Artifact:
     """A parsed file: what it holds, without a model.
 
-    tensors: name -> tensor. recipe: what was asked for. header_bytes: everything but the streams.
+    tensors: name -> tensor. recipe: the choices that it stores. header_bytes: everything but the streams.
     """
 
     recipe: Recipe
@@ -104,83 +108,85 @@ def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
     kinds = []
     for name, value in values.items():
         if value.numel() and bool((value == value.flatten()[0]).all()):
-            kinds.append(CONSTANT)
+            kinds.append(_CONSTANT)
             values[name] = decoded(plans[name])
         elif not value.numel() or not value.is_floating_point() or value.dtype == torch.float64:
-            kinds.append(RAW)
+            kinds.append(_RAW)
         else:
-            kinds.append(CODED)
-            coded[name] = _coded(name, value.float(), plans[name])
+            coding, choice = coding_of(plans[name].choice), plans[name].choice
+            kinds.append(_CODED + coding.choices().index(choice) + _CHOICES * coding.tag)
+            coded[name] = coding, choice, _coded(name, value.float(), plans[name])
     state = CoderState()
-    header = _header(values, kinds, coded, recipe)
-    state.code_text(np.frombuffer(header, np.uint8).copy(), True)
+    header = _header(values, kinds, [tensor for _, _, tensor in coded.values()], recipe)
+    state.code_text(np.frombuffer(header, np.uint8).copy())
     for coding, choice, tensor in coded.values():
-        _write_codes(state, tensor.codes, *coding.layout(choice))
+        write_codes(state, tensor.codes, *coding.layout(choice))
     length = _Writer()
     length.varint(len(header))
     body = bytes(length.data) + state.finish()
     return MAGIC + struct.pack("<BI", VERSION, zlib.crc32(body)) + body
 
 
-def _coded(name: str, value: Tensor, plan: Plan) -> tuple[Coding, Choice, Coded]:
+def _coded(name: str, value: Tensor, plan: Plan) -> Coded:
     if not bool(torch.isfinite(value).all()):
         raise ArtifactError(f"tensor {name!r} holds values that are not finite: it cannot be stored")
-    coding = coding_of(plan.choice)
-    return coding, plan.choice, coding.encode(value, plan.choice, plan.parameters)
+    return coding_of(plan.choice).encode(value, plan.choice, plan.parameters)
 
 
-def _header(
-    values: dict[str, Tensor], kinds: list[int], coded: dict[str, tuple[Coding, Choice, Coded]], recipe: Recipe
-) -> bytes:
-    """Column by column: names, dimensions, lengths, kinds, codings, choices, parameters, raw values, recipe."""
+def _header(values: dict[str, Tensor], kinds: list[int], coded: list[Coded], recipe: Recipe) -> bytes:
+    """Column by column: names, dimensions, kinds, parameters, raw values, recipe."""
     writer = _Writer()
     writer.varint(len(values))
     writer.blob("\n".join(values).encode())
     shapes = [tuple(value.shape) for value in values.values()]
     for shape in shapes:
         writer.varint(len(shape))
-    for place in range(max(map(len, shapes), default=0)):
-        for shape in shapes:
-            if place < len(shape):
-                writer.varint(shape[place])
+    guess = _Guess([len(shape) for shape in shapes])
+    for place, i in guess.order():
+        size = shapes[i][place]
+        writer.varint(0 if size == guess.size else size + 1)
+        guess.take(place, i, size)
     for kind in kinds:
         writer.varint(kind)
-    for coding, _, _ in coded.values():
-        writer.varint(coding.tag)
-    for coding, choice, _ in coded.values():
-        writer.varint(list(coding.choices()).index(choice))
-    for _, _, tensor in coded.values():
-        writer.varint(len(tensor.parameters))
-    parameters = np.array([p for _, _, tensor in coded.values() for p in tensor.parameters], "<f4")
+    parameters = np.array([p for tensor in coded for p in tensor.parameters], "<f4")
     writer.data += parameters.view(np.uint8).reshape(-1, 4).T.tobytes()
     for value, kind in zip(values.values(), kinds, strict=True):
-        if kind != CODED:
-            _write_raw(writer, value.flatten()[:1] if kind == CONSTANT else value)
+        if kind < _CODED:
+            _write_raw(writer, value.flatten()[:1] if kind == _CONSTANT else value)
     _write_recipe(writer, recipe, list(values))
     return bytes(writer.data)
 
 
-def _write_codes(state: CoderState, codes: Codes, exponent: int, mantissa: int) -> None:
-    matrix, kernel = matrix_of(codes)
-    across = np.ascontiguousarray(matrix.T)
-    if _may_transpose(matrix, kernel):
-        ahead, turned = state.copy(), state.copy()
-        ahead.code(matrix.copy(), kernel, exponent, mantissa, True)
-        turned.code(across.copy(), 1, exponent, mantissa, True)
-        if state.flag(turned.position < ahead.position, True):
-            matrix = across
-    state.code(matrix.copy(), kernel, exponent, mantissa, True)
+class _Guess:
+    """Foretells the dimensions of tensors from those before: most of a header's dimensions are no news.
 
+    A first dimension is that of the tensor before; a second one the first of the last tensor of two
+    dimensions or more; a later one that of the last tensor that has it.
+    """
 
-def _may_transpose(matrix: Codes, kernel: int) -> bool:
-    return matrix.shape[0] > 1 and kernel == 1 and matrix.size <= _TRANSPOSABLE
+    def __init__(self, ranks: list[int]) -> None:
+        self.ranks = ranks
+        self.shapes: list[list[int]] = [[] for _ in ranks]
+        self._last = 0
 
+    def order(self) -> Iterator[tuple[int, int]]:
+        """(place, tensor) in the order in which they are written."""
+        for place in range(max(self.ranks, default=0)):
+            self._last = 0
+            for i, rank in enumerate(self.ranks):
+                if place < rank:
+                    yield place, i
+                if place == 1 and rank > 1:
+                    self._last = self.shapes[i][0]
 
-def matrix_of(codes: Codes) -> tuple[Codes, int]:
-    """Codes as [rows, columns] and the columns of one input channel."""
-    if codes.ndim < 2:
-        return codes.reshape(1, -1), 1
-    return codes.reshape(codes.shape[0], -1), max(1, math.prod(codes.shape[2:]))
+    @property
+    def size(self) -> int:
+        return self._last
+
+    def take(self, place: int, i: int, size: int) -> None:
+        self.shapes[i].append(size)
+        if place != 1:
+            self._last = size
 
 
 def _write_raw(rest: _Writer, value: Tensor) -> None:
@@ -272,7 +278,7 @@ def decode_artifact(data: bytes, where: str = "artifact") -> Artifact:
         raise ArtifactError(f"{where} is damaged: its header is longer than its length can hold")
     header = np.zeros(length, np.uint8)
     state = CoderState(stream)
-    state.code_text(header, False)
+    state.code_text(header)
     tensors, recipe = _Reader(header.tobytes(), where).artifact(state, len(stream))
     spent = sum(tensor.size_bytes for tensor in tensors.values())
     return Artifact(recipe, tensors, len(data) - spent, len(data))
@@ -316,21 +322,18 @@ class _Reader:
             raise self.broken("names of tensors are missing or double")
         shapes = self.shapes(names)
         kinds = [self.varint() for _ in names]
-        if max(kinds, default=0) > RAW:
-            raise self.broken("a tensor has an unknown kind")
         self.bound(shapes, kinds, length)
-        codings = self.codings(kinds.count(CODED))
+        codings = iter(self.codings(kinds))
         plain = {
             name: self.plain(name, shape, kind)
             for name, shape, kind in zip(names, shapes, kinds, strict=True)
-            if kind != CODED
+            if kind < _CODED
         }
         recipe = self.recipe(names)
         if self.at != len(self.data):
             raise self.broken("its header is longer than its content")
-        following = iter(codings)
         tensors = {
-            name: plain[name] if name in plain else self.decode(state, shape, *next(following))
+            name: plain[name] if name in plain else self.decode(state, shape, *next(codings))
             for name, shape in zip(names, shapes, strict=True)
         }
         if not length <= state.position <= length + 8:
@@ -342,73 +345,65 @@ class _Reader:
         for name, rank in zip(names, ranks, strict=True):
             if rank > _MAX_RANK:
                 raise self.broken(f"tensor {name!r} has {rank} dimensions")
-        shapes: list[list[int]] = [[] for _ in names]
-        for place in range(max(ranks, default=0)):
-            for shape, rank in zip(shapes, ranks, strict=True):
-                if place < rank:
-                    shape.append(self.varint())
-        for name, shape in zip(names, shapes, strict=True):
-            if math.prod(shape) >= 1 << 40 or max(shape[2:], default=0) > _MAX_ROW_KERNEL:
+        guess = _Guess(ranks)
+        for place, i in guess.order():
+            number = self.varint()
+            guess.take(place, i, number - 1 if number else guess.size)
+        for name, shape in zip(names, guess.shapes, strict=True):
+            if max(shape, default=0) >= 1 << 31 or math.prod(shape) >= 1 << 40 or math.prod(shape[2:]) > _MAX_KERNEL:
                 raise self.broken(f"tensor {name!r} has an impossible shape")
-        return [tuple(shape) for shape in shapes]
+        return [tuple(shape) for shape in guess.shapes]
 
     def bound(self, shapes: list[tuple[int, ...]], kinds: list[int], length: int) -> None:
         """No allocation before the declared sizes are known to be possible."""
         counts = [(math.prod(shape), kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        if any(count == 0 and kind != _RAW for count, kind in counts):
+            raise self.broken("a coded tensor is empty")
         if (
-            sum(count for count, kind in counts if kind == CODED) > MAX_WEIGHTS_PER_BYTE * (length + 64)
-            or sum(count for count, kind in counts if kind == CONSTANT) > _MAX_CONSTANT
-            or sum(count for count, kind in counts if kind == RAW) > len(self.data)
+            sum(count for count, kind in counts if kind >= _CODED) > MAX_WEIGHTS_PER_BYTE * (length + 64)
+            or sum(count for count, kind in counts if kind == _CONSTANT) > _MAX_CONSTANT
+            or sum(count for count, kind in counts if kind == _RAW) > len(self.data)
         ):
             raise self.broken("it declares more weights than its length can hold")
 
-    def codings(self, count: int) -> list[tuple[Coding, Choice, tuple[float, ...]]]:
+    def codings(self, kinds: list[int]) -> list[tuple[Coding, Choice, tuple[float, ...]]]:
         codings = []
-        for tag in [self.varint() for _ in range(count)]:
-            coding = coding_tagged(tag)
-            if coding is None:
-                raise self.broken("a tensor has an unknown coding")
-            codings.append(coding)
-        choices = []
-        for coding in codings:
-            index = self.varint()
-            if index >= len(coding.choices()):
-                raise self.broken("a tensor has an unknown coding")
-            choices.append(coding.choices()[index])
-        lengths = [self.varint() for _ in codings]
+        for kind in kinds:
+            if kind >= _CODED:
+                tag, index = divmod(kind - _CODED, _CHOICES)
+                coding = coding_tagged(tag)
+                if coding is None or index >= len(coding.choices()):
+                    raise self.broken("a tensor has an unknown coding")
+                codings.append((coding, coding.choices()[index]))
+        lengths = [coding.parameters(choice) for coding, choice in codings]
         planes = np.frombuffer(self.take(4 * sum(lengths)), np.uint8).reshape(4, -1)
         values = iter(np.ascontiguousarray(planes.T).view("<f4").ravel().tolist())
-        parameters = [tuple(itertools.islice(values, length)) for length in lengths]
-        return list(zip(codings, choices, parameters, strict=True))
+        return [
+            (coding, choice, tuple(itertools.islice(values, length)))
+            for (coding, choice), length in zip(codings, lengths, strict=True)
+        ]
 
     def plain(self, name: str, shape: tuple[int, ...], kind: int) -> StoredTensor:
         number = self.varint()
         if number > len(_RAW_TYPES):
             raise self.broken(f"tensor {name!r} has an unknown type")
         dtype = (*_RAW_TYPES, torch.float32)[number]
-        elements = 1 if kind == CONSTANT else math.prod(shape)
+        elements = 1 if kind == _CONSTANT else math.prod(shape)
         data = self.take(elements * dtype.itemsize)
         value = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        full = value.expand(math.prod(shape)).clone() if kind == CONSTANT else value
-        return StoredTensor(full.view(shape), "constant" if kind == CONSTANT else "raw")
+        full = value.expand(math.prod(shape)).clone() if kind == _CONSTANT else value
+        return StoredTensor(full.view(shape), "constant" if kind == _CONSTANT else "raw")
 
     def decode(
         self, state: CoderState, shape: tuple[int, ...], coding: Coding, choice: Choice, parameters: tuple[float, ...]
     ) -> StoredTensor:
         before = state.position
-        codes = np.zeros(shape, np.int32)
-        matrix, kernel = matrix_of(codes)
-        if _may_transpose(matrix, kernel) and state.flag(False, False):
-            turned = np.ascontiguousarray(matrix.T)
-            state.code(turned, 1, *coding.layout(choice), False)
-            codes = np.ascontiguousarray(turned.T).reshape(shape)
-        else:
-            state.code(matrix, kernel, *coding.layout(choice), False)
+        codes = read_codes(state, shape, *coding.layout(choice))
         try:
             value = coding.decode(Coded(codes, parameters), choice)
         except (IndexError, ValueError, OverflowError) as error:
             raise self.broken("the parameters of a tensor do not fit its coding") from error
-        return StoredTensor(value, choice, state.position - before)
+        return StoredTensor(value, choice, state.position - before, parameters)
 
     def recipe(self, names: list[str]) -> Recipe:
         choices: dict[str, Choice] = {}

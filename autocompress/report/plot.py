@@ -1,35 +1,78 @@
-"""The front as a picture."""
+"""Pictures: the front of a run, the inside of a file. PNG, SVG or PDF by the suffix of the path."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from autocompress.artifact import Artifact
 from autocompress.errors import TargetError
 from autocompress.front import ParetoFront
+from autocompress.report.inside import HEADER, VECTORS, parts
 from autocompress.sizes import format_size
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _SHOWN = 30.0
-"""Points of accuracy that the picture shows; what lies lower is counted, not drawn."""
+"""Points of accuracy that the picture of a front shows; what lies lower is counted, not drawn."""
+_BLUE, _GREY, _ORANGE = "#1f5fa8", "#8a8f98", "#d9661f"
 
 
-def plot_front(front: ParetoFront, path: Path) -> Path:
-    """Accuracy of the decoded model against bytes of the file; PNG, SVG or PDF by the suffix."""
+@contextmanager
+def _picture(path: Path, width: float, height: float) -> Iterator[Axes]:
+    """Axes to draw on; saved when the block ends. width, height: inches. Raises TargetError for a suffix
+    that cannot be drawn."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise TargetError(f"cannot draw {path.name!r}: give a name that ends in .png, .svg or .pdf")
     import matplotlib as mpl
     from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.hashsalt": "autocompress", "font.size": 10}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def plot_inside(artifact: Artifact, path: Path) -> Path:
+    """Where the bytes of a file go: a bar for each layer, coloured by its format. Returns `path`."""
+    shown = [part for part in parts(artifact) if part.size_bytes]
+    with _picture(path, 7.2, 1.2 + 0.27 * len(shown)) as axes:
+        colours: dict[str, str] = {}
+        for part in shown:
+            kind = part.stored_as if part.shape else part.name
+            colour = _GREY if kind in (VECTORS, HEADER) else colours.setdefault(kind, f"C{len(colours) % 10}")
+            label = kind if kind in colours and kind not in axes.get_legend_handles_labels()[1] else None
+            axes.barh(part.name, part.size_bytes, color=colour, label=label)
+            text = f" {part.size_bytes:,}"
+            if part.shape:
+                text += f"   {part.bits_per_weight:.2f} bits/w, {100 * part.zeros:.0f}% zeros"
+            axes.annotate(text, (part.size_bytes, part.name), va="center", fontsize=8, color="#444")
+        axes.invert_yaxis()
+        axes.set_xlim(right=1.5 * max(part.size_bytes for part in shown))
+        axes.set_xlabel("bytes in the file")
+        if colours:
+            axes.legend(loc="lower right", frameon=False)
+        axes.set_title(f"{artifact.size_bytes:,} bytes", loc="left")
+    return path
+
+
+def plot_front(front: ParetoFront, path: Path) -> Path:
+    """Accuracy of the decoded model against bytes of the file. Returns `path`."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    blue, grey, orange = "#1f5fa8", "#8a8f98", "#d9661f"
-    with mpl.rc_context({"svg.hashsalt": "autocompress", "font.size": 10}):
-        figure = Figure(figsize=(7.2, 4.3), layout="constrained")
-        axes = figure.add_subplot()
+    with _picture(path, 7.2, 4.3) as axes:
         sizes = [p.size_bytes for p in front.points]
         axes.step(
             sizes,
             [100 * p.val_accuracy for p in front.points],
             where="post",
-            color=blue,
+            color=_BLUE,
             lw=1.2,
             alpha=0.6,
         )
@@ -37,7 +80,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             sizes,
             [100 * p.val_accuracy for p in front.points],
             "o",
-            color=blue,
+            color=_BLUE,
             ms=6,
             label="validation (selects)",
         )
@@ -46,7 +89,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             [p.size_bytes for p in tested],
             [100 * float(p.test_accuracy or 0) for p in tested],
             "x",
-            color=orange,
+            color=_ORANGE,
             ms=6,
             label="test (reported)",
         )
@@ -55,11 +98,11 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             base.size_bytes,
             100 * base.val_accuracy,
             "s",
-            color=grey,
+            color=_GREY,
             ms=8,
             label="original, float32",
         )
-        axes.axhline(100 * base.val_accuracy, color=grey, lw=0.8, ls=":")
+        axes.axhline(100 * base.val_accuracy, color=_GREY, lw=0.8, ls=":")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: format_size(v)))
@@ -74,19 +117,16 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
                 (knee.size_bytes, 100 * knee.val_accuracy),
                 (14, -24),
                 textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": blue},
-                color=blue,
+                arrowprops={"arrowstyle": "-", "color": _BLUE},
+                color=_BLUE,
             )
         accuracies = [100 * p.val_accuracy for p in front.points] + [100 * base.val_accuracy]
         floor = max(accuracies) - _SHOWN
         if min(accuracies) < floor:
             axes.set_ylim(bottom=floor)
             below = sum(1 for accuracy in accuracies if accuracy < floor)
-            axes.text(0.01, 0.02, f"{below} smaller files below {floor:.0f}%", transform=axes.transAxes, color=grey)
+            axes.text(0.01, 0.02, f"{below} smaller files below {floor:.0f}%", transform=axes.transAxes, color=_GREY)
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", frameon=False)
         axes.set_title(f"{front.task}: size versus accuracy", loc="left")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

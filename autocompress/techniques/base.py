@@ -55,7 +55,13 @@ class Technique(ABC):
 
 
 class StructureTechnique(Technique):
-    """Changes the model itself, before fine-tuning."""
+    """Changes the model itself, before fine-tuning.
+
+    restores: whether a file must tell the choice, so that `restore` can bring back what tensors alone
+    do not tell.
+    """
+
+    restores: ClassVar[bool] = True
 
     @abstractmethod
     def apply(self, model: nn.Module, chosen: Mapping[str, Choice], run: Run) -> None:
@@ -109,8 +115,12 @@ class Coding(Technique):
         """Bits of a weight before entropy coding."""
 
     @abstractmethod
+    def parameters(self, choice: Choice) -> int:
+        """How many learned parameters P a tensor has; 0 for formats that need none."""
+
+    @abstractmethod
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:
-        """Learned parameters, float32 [P] (P may be 0), fitted to `weight`."""
+        """Learned parameters, float32 [P], fitted to `weight`."""
 
     @abstractmethod
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def kept_channels(original: int, share: float) -> int:
 class Channels(StructureTechnique):
     name = "channels"
     default = 1.0
+    restores = False
     about = "share of the channels of a group that is kept; the rest is removed physically"
 
     def parse(self, raw: Any) -> Choice:

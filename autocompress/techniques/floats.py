@@ -38,6 +38,9 @@ class Floats(Coding):
     def layout(self, choice: Choice) -> tuple[int, int]:
         return _LAYOUTS[str(choice)]
 
+    def parameters(self, choice: Choice) -> int:
+        return 0
+
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:
         return torch.empty(0)
 

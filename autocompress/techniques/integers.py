@@ -24,7 +24,7 @@ def _limits(choice: Choice) -> tuple[int, int]:
 
 
 def _on_grid(logarithm: Tensor) -> Tensor:
-    return straight_through((logarithm * 128).round() / 128, logarithm)
+    return straight_through((logarithm * 32).round() / 32, logarithm)
 
 
 def _step(logarithm: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def _step(logarithm: Tensor) -> Tensor:
 
 class Integers(Coding):
     """The learned parameter is log2 of the step, so that it needs no scale of its own; it takes
-    multiples of 1/128, which cost two bytes in the file."""
+    multiples of 1/32, which cost about a byte in the file."""
 
     tag = 1
 
@@ -46,6 +46,9 @@ class Integers(Coding):
 
     def layout(self, choice: Choice) -> tuple[int, int]:
         return 0, int(self.bits(choice)) - 1
+
+    def parameters(self, choice: Choice) -> int:
+        return 1
 
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:
         """The step of least squared error among 40 between 1/20 and all of the largest magnitude.

@@ -8,18 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from autocompress.artifact.coder import Array, CoderState
+from autocompress.artifact.coder import Array, CoderState, Scan
+
+PLAIN = Scan()
 
 
-def encode(values: Array, kernel: int = 1, exponent: int = 0, mantissa: int = 7) -> bytes:
+def encode(values: Array, scan: Scan = PLAIN, exponent: int = 0, mantissa: int = 7) -> bytes:
     state = CoderState()
-    state.code(values.copy(), kernel, exponent, mantissa, True)
+    state.code(values.copy(), scan, exponent, mantissa)
     return state.finish()
 
 
-def decode(stream: bytes, shape: tuple[int, int], kernel: int = 1, exponent: int = 0, mantissa: int = 7) -> Array:
+def decode(stream: bytes, shape: tuple[int, int], scan: Scan = PLAIN, exponent: int = 0, mantissa: int = 7) -> Array:
     out = np.zeros(shape, np.int32)
-    CoderState(stream).code(out, kernel, exponent, mantissa, False)
+    CoderState(stream).code(out, scan, exponent, mantissa)
     return out
 
 
@@ -31,9 +33,15 @@ matrices = hnp.arrays(
 
 
 @settings(max_examples=200, deadline=None)
-@given(matrices, st.sampled_from([1, 3, 9]))
-def test_integers_come_back(values: Array, kernel: int) -> None:
-    assert np.array_equal(decode(encode(values, kernel), values.shape, kernel), values)
+@given(matrices, st.builds(Scan, st.sampled_from([1, 3, 9]), st.integers(0, 9)))
+def test_integers_come_back(values: Array, scan: Scan) -> None:
+    assert np.array_equal(decode(encode(values, scan), values.shape, scan), values)
+
+
+@settings(max_examples=50, deadline=None)
+@given(hnp.arrays(np.int32, (3, 20), elements=st.integers(-(2**15), 2**15)))
+def test_integers_of_sixteen_bits_come_back(values: Array) -> None:
+    assert np.array_equal(decode(encode(values, mantissa=15), values.shape, mantissa=15), values)
 
 
 @settings(max_examples=100, deadline=None)
@@ -43,7 +51,7 @@ def test_integers_come_back(values: Array, kernel: int) -> None:
 )
 def test_float_patterns_come_back(values: Array, layout: tuple[int, int]) -> None:
     values = values & ((1 << (1 + sum(layout))) - 1)
-    assert np.array_equal(decode(encode(values, 1, *layout), values.shape, 1, *layout), values)
+    assert np.array_equal(decode(encode(values, Scan(), *layout), values.shape, Scan(), *layout), values)
 
 
 def test_several_tensors_share_one_stream() -> None:
@@ -51,11 +59,11 @@ def test_several_tensors_share_one_stream() -> None:
     tensors = [rng.integers(-3, 4, (5, n)).astype(np.int32) for n in (1, 40, 7)]
     writer = CoderState()
     for tensor in tensors:
-        writer.code(tensor.copy(), 1, 0, 3, True)
+        writer.code(tensor.copy(), Scan(), 0, 3)
     reader = CoderState(writer.finish())
     for tensor in tensors:
         out = np.zeros_like(tensor)
-        reader.code(out, 1, 0, 3, False)
+        reader.code(out, Scan(), 0, 3)
         assert np.array_equal(out, tensor)
 
 

@@ -1,0 +1,181 @@
+"""One tensor of codes in the stream: which values it skips, and how it is walked.
+
+The writer measures the ways that are worth a try by coding with them, on a part of a large tensor, and
+takes the one of least bytes; what it chose stands before the codes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from autocompress.artifact.coder import Array, CoderState, Scan
+
+_SAMPLE = 1 << 17
+"""Codes on which ways to code a tensor are compared."""
+_LONGEST = 512
+"""Largest width that is looked for, in columns."""
+
+
+class Walk(NamedTuple):
+    """transposed: columns first. scan: what the coder is told of the (transposed) matrix."""
+
+    transposed: bool = False
+    scan: Scan = Scan()
+
+    def turn(self, matrix: Array) -> Array:
+        return np.ascontiguousarray(matrix.T if self.transposed else matrix)
+
+
+class Palette(NamedTuple):
+    """The magnitudes that occur, ascending, among the codes below zero and among those above it.
+
+    Pruning leaves no small magnitudes, a coarser parent leaves gaps. Codes are then written as ranks:
+    zero stays zero, the smallest positive code becomes 1.
+    """
+
+    negative: Array
+    positive: Array
+
+    @property
+    def mantissa(self) -> int:
+        """Ranks are at most 2^mantissa in magnitude."""
+        return max(len(self.negative), len(self.positive), 1).bit_length()
+
+    def ranks(self, codes: Array) -> Array:
+        """int32, shape of `codes`, which must all be in the palette."""
+        low = -int(self.negative[-1]) if len(self.negative) else 0
+        table = np.zeros((int(self.positive[-1]) if len(self.positive) else 0) - low + 1, np.int32)
+        table[-low - self.negative] = -1 - np.arange(len(self.negative))
+        table[-low + self.positive] = 1 + np.arange(len(self.positive))
+        return _look_up(table, codes, -low)
+
+    def codes(self, ranks: Array) -> Array:
+        """Inverse of `ranks`; a rank that the palette does not have becomes its largest."""
+        table = np.concatenate([-self.negative[::-1], [0], self.positive]).astype(np.int32)
+        return _look_up(table, ranks, len(self.negative))
+
+
+def _look_up(table: Array, places: Array, offset: int) -> Array:
+    """table[places + offset], clipped, in parts: index arrays of numpy take 8 bytes a number."""
+    out, flat = np.empty_like(places), places.reshape(-1)
+    for part in range(0, flat.size, _SAMPLE):
+        at = slice(part, part + _SAMPLE)
+        out.reshape(-1)[at] = table[np.clip(flat[at] + offset, 0, len(table) - 1)]
+    return out
+
+
+def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int) -> None:
+    """Write int32 codes of any shape (layout as in `CoderState.code`)."""
+    matrix = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes.reshape(1, -1)
+    if exponent:
+        state.code(np.ascontiguousarray(matrix), Scan(), exponent, mantissa)
+        return
+    walk = _of_shape(codes.shape)
+    palette = _palette(matrix)
+    if palette is not None:
+        first = walk or Walk()
+        plain = _cost(state, matrix, first, mantissa)
+        ranked = _cost(state, matrix, first, palette.mantissa, palette)
+        palette = palette if ranked < plain else None
+    if palette is not None:
+        matrix, mantissa = palette.ranks(matrix), palette.mantissa
+    _palette_in_stream(state, palette)
+    if walk is None:
+        walk = min(_walks(matrix), key=lambda walk: _cost(state, matrix, walk, mantissa))
+        for number in (int(walk.transposed), walk.scan.kernel - 1, walk.scan.width):
+            state.number(number)
+    state.code(walk.turn(matrix), walk.scan, 0, mantissa)
+
+
+def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantissa: int) -> Array:
+    """Inverse of `write_codes`."""
+    walk, palette = Walk(), None
+    if not exponent:
+        palette = _palette_in_stream(state, None)
+        mantissa = mantissa if palette is None else palette.mantissa
+        walk = _of_shape(shape) or Walk(state.number() > 0, Scan(state.number() + 1, state.number()))
+    codes = np.zeros(shape[::-1] if walk.transposed else shape, np.int32)
+    matrix = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes.reshape(1, -1)
+    state.code(matrix, walk.scan, exponent, mantissa)
+    if walk.transposed:
+        codes = np.ascontiguousarray(codes.T)
+    return codes if palette is None else palette.codes(codes)
+
+
+def _of_shape(shape: tuple[int, ...]) -> Walk | None:
+    """The walk that a shape implies; None for matrices, whose walk the writer chooses."""
+    if len(shape) == 2 and min(shape) > 1:
+        return None
+    return Walk(scan=Scan(max(1, math.prod(shape[2:])), shape[-1] if len(shape) > 3 else 0))
+
+
+def _walks(matrix: Array) -> list[Walk]:
+    """The ways worth a try, the plain one first."""
+    walks = []
+    for transposed in (False, True):
+        width = vertical(_part(Walk(transposed), matrix))
+        scans = [Scan(), Scan(1, width), Scan(width * width, width)] if width else [Scan()]
+        walks += [Walk(transposed, scan) for scan in scans]
+    return walks
+
+
+def _part(walk: Walk, matrix: Array) -> Array:
+    """The first rows of the turned matrix."""
+    turned = matrix.T if walk.transposed else matrix
+    return np.ascontiguousarray(turned[: max(1, _SAMPLE // turned.shape[1])])
+
+
+def _cost(state: CoderState, matrix: Array, walk: Walk, mantissa: int, palette: Palette | None = None) -> float:
+    """Bytes a code."""
+    part = _part(walk, matrix)
+    ahead = state.copy()
+    _palette_in_stream(ahead, palette)
+    ahead.code(part if palette is None else palette.ranks(part), walk.scan, 0, mantissa)
+    return (ahead.position - state.position) / part.size
+
+
+def vertical(matrix: Array) -> int:
+    """The distance in columns, 2 or more, at which codes of a row resemble each other most; 0 if none.
+
+    A layer that reads a flattened image resembles itself at the width of the image: the largest
+    autocorrelation of the rows (by the Wiener-Khinchin theorem), when it is beyond chance.
+    """
+    columns = matrix.shape[1]
+    longest = min(columns // 2, _LONGEST)
+    if longest < 2 or not matrix.any():
+        return 0
+    spectrum = np.fft.rfft(matrix.astype(np.float64), 2 * columns, axis=1)
+    correlation = np.fft.irfft((np.abs(spectrum) ** 2).sum(0))[: longest + 1]
+    share = correlation[2:] / correlation[0]
+    best = int(share.argmax())
+    return best + 2 if share[best] > 0.02 + 4 / math.sqrt(matrix.size) else 0
+
+
+def _palette(codes: Array) -> Palette | None:
+    """The palette of `codes`, when there are values that they skip."""
+    flat = codes.reshape(-1)
+    parts = [np.unique(flat[part : part + _SAMPLE]) for part in range(0, flat.size, _SAMPLE)]
+    values = np.unique(np.concatenate(parts)) if parts else flat
+    palette = Palette(-values[values < 0][::-1], values[values > 0])
+    skipped = any(len(side) and int(side[-1]) != len(side) for side in palette)
+    return palette if skipped else None
+
+
+def _palette_in_stream(state: CoderState, palette: Palette | None) -> Palette | None:
+    """Write a palette (or that there is none), or read one."""
+    if not state.number(palette is not None):
+        return None
+    sides = []
+    for side in palette or (None, None):
+        largest = state.number(0 if side is None or not len(side) else int(side[-1]))
+        used = np.zeros(largest + 1, bool)
+        if side is not None:
+            used[side] = True
+        for value in range(1, largest):
+            used[value] = state.flag(int(used[value - 1]), bool(used[value]))
+        used[largest] = largest > 0
+        sides.append(np.flatnonzero(used))
+    return Palette(*sides)

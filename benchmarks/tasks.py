@@ -1,0 +1,171 @@
+"""Tasks of the benchmarks, on real data: MNIST and CIFAR-10, read from the folder `AUTOCOMPRESS_DATA`.
+
+Used by name (`--task benchmarks.tasks:lenet5`) from the root of the repository. Each trains its own
+original for a few epochs on a stated subset of the training images; the last training images validate.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import math
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress import Task
+
+Batches = Callable[[], list[tuple[Tensor, Tensor]]]
+VALIDATION = 5000
+
+
+def data_folder() -> Path:
+    """The folder with `mnist/` and `cifar10/`; their READMEs tell the formats."""
+    return Path(os.environ.get("AUTOCOMPRESS_DATA", "../shared/data"))
+
+
+@cache
+def mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train images float32 [60000, 1, 28, 28], labels int64, test images, labels), standardised."""
+    with np.load(data_folder() / "mnist" / "mnist.npz") as file:
+        parts = [torch.from_numpy(file[name]) for name in ("train_x", "train_y", "test_x", "test_y")]
+    images = [(part[:, None].float() / 255 - 0.1307) / 0.3081 for part in parts[::2]]
+    return images[0], parts[1].long(), images[1], parts[3].long()
+
+
+@cache
+def cifar10() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train images float32 [50000, 3, 32, 32], labels int64, test images, labels), standardised."""
+    out = []
+    for split in ("train", "test"):
+        folder = data_folder() / "cifar10"
+        filtered = np.load(io.BytesIO(lzma.decompress((folder / f"{split}_images.npy.xz").read_bytes())))
+        green, red, blue = filtered.cumsum(2, dtype=np.uint8).cumsum(3, dtype=np.uint8)
+        pixels = torch.from_numpy(np.stack([red + green, green, blue + green], 1)).float() / 255
+        mean, deviation = pixels.new_tensor([0.4914, 0.4822, 0.4465]), pixels.new_tensor([0.2470, 0.2435, 0.2616])
+        out.append((pixels - mean[:, None, None]) / deviation[:, None, None])
+        out.append(torch.from_numpy(np.load(folder / f"{split}_labels.npy")).long())
+    return out[0], out[1], out[2], out[3]
+
+
+def lenet_300_100_net() -> nn.Module:
+    """[N, 1, 28, 28] -> [N, 10]; 266,610 parameters (LeCun et al., 1998)."""
+    layers = [nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def lenet5_net() -> nn.Module:
+    """[N, 1, 28, 28] -> [N, 10]; Caffe's LeNet-5, 431,080 parameters."""
+    features = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*features, nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions with a shortcut by subsampling and zero padding (He et al., 2015, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1, self.relu1 = nn.BatchNorm2d(outputs), nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2, self.relu2 = nn.BatchNorm2d(outputs), nn.ReLU()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+        out: Tensor = self.relu2(y + x)
+        return out
+
+
+def resnet20_net() -> nn.Module:
+    """[N, 3, 32, 32] -> [N, 10]; 269,722 parameters."""
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [
+        _Block(width // 2 if first and width > 16 else width, width, 2 if first and width > 16 else 1)
+        for width in (16, 32, 64)
+        for first in (True, False, False)
+    ]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def _shuffled(images: Tensor, labels: Tensor, batch: int, augment: Callable[[Tensor], Tensor]) -> Batches:
+    def batches() -> list[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(images))
+        return [(augment(images[i]), labels[i]) for i in order.split(batch)]
+
+    return batches
+
+
+def _shift_and_flip(images: Tensor) -> Tensor:
+    """Each batch shifted by up to 4 pixels; every image mirrored by chance."""
+    padded = nn.functional.pad(images, (4, 4, 4, 4))
+    row, column = torch.randint(0, 9, (2,)).tolist()
+    moved = padded[:, :, row : row + images.shape[2], column : column + images.shape[3]]
+    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, moved.flip(3), moved)
+
+
+def _pretrain(train: Batches, epochs: int, peak: float) -> Callable[[nn.Module], None]:
+    def pretrain(model: nn.Module) -> None:
+        steps = epochs * len(train())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+        model.train()
+        for _ in range(epochs):
+            for inputs, target in train():
+                loss = nn.functional.cross_entropy(model(inputs), target)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+        model.eval()
+
+    return pretrain
+
+
+def _task(
+    name: str,
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+    model: Callable[[], nn.Module],
+    augment: Callable[[Tensor], Tensor],
+    original: int,
+    original_epochs: int,
+    subset: int,
+    epochs: int,
+    held_out: int,
+) -> Task:
+    """original, subset: training images of the original's epochs and of a trial's."""
+    images, labels, test_images, test_labels = data
+    val = slice(len(images) - VALIDATION, len(images) - VALIDATION + held_out)
+    whole = _shuffled(images[:original], labels[:original], 128, augment)
+    test = slice(0, len(test_images) if held_out == VALIDATION else held_out)
+    return Task(
+        model=model,
+        train=_shuffled(images[:subset], labels[:subset], 128, augment),
+        val=list(zip(images[val].split(500), labels[val].split(500), strict=True)),
+        test=list(zip(test_images[test].split(500), test_labels[test].split(500), strict=True)),
+        pretrain=_pretrain(whole, original_epochs, 2e-3 * math.sqrt(2)),
+        epochs=epochs,
+        name=name,
+    )
+
+
+def lenet_300_100() -> Task:
+    """MNIST; trials train on the first 20,000 images."""
+    return _task("lenet_300_100", mnist(), lenet_300_100_net, lambda x: x, 55_000, 10, 20_000, 4, VALIDATION)
+
+
+def lenet5() -> Task:
+    """MNIST; trials train on the first 10,000 images."""
+    return _task("lenet5", mnist(), lenet5_net, lambda x: x, 55_000, 3, 10_000, 3, VALIDATION)
+
+
+def resnet20() -> Task:
+    """CIFAR-10, partly trained (4 epochs of 12,800 images) for lack of a GPU; trials train on the first 2,560."""
+    return _task("resnet20", cifar10(), resnet20_net, _shift_and_flip, 12_800, 4, 2_560, 2, 1000)
