@@ -1,13 +1,15 @@
 """A differentiable estimate of the bits that the entropy coder will spend.
 
-Zero-order entropy of the codes, interpolated between integer magnitudes so that it has a gradient, and
-scaled to what the context-modelling coder really needed for these weights (Oktay et al., ICLR 2020,
-learn such a density; here the histogram of the codes is the density).
+Zero-order entropy of the codes, scaled to what the context-modelling coder really needed for these
+weights (Oktay et al., ICLR 2020, learn such a density; here the histogram of the codes is the density).
+For the gradient the histogram is made to fall with magnitude (isotonic regression) and its bits are
+interpolated between codes: a gap that pruning left is no wall, and every step towards zero is cheaper.
 """
 
 from __future__ import annotations
 
 import torch
+from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from autocompress.artifact import pack
@@ -21,6 +23,8 @@ class RateModel:
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
         self.tables: dict[str, Tensor] = {}
+        """Layer -> bits of each magnitude, sign included, as the codes are."""
+        self._falling: dict[str, Tensor] = {}
         self.factors: dict[str, float] = {}
         self.fixed_bytes = 0.0
         self.refresh()
@@ -33,9 +37,10 @@ class RateModel:
                 magnitude = _magnitude(shadow)
                 top = 1 << shadow.coding.layout(shadow.choice)[1]
                 counts = torch.bincount(magnitude.round().long().flatten(), minlength=top + 1).float() + 0.1
-                bits = -(counts / counts.sum()).log2()
-                bits[1:] += 1  # the sign
-                self.tables[name] = torch.cummax(bits, 0).values if bits[0] < bits[1] else bits
+                counts[1:] /= 2  # of each sign
+                self.tables[name] = _bits(counts)
+                falling = isotonic_regression(counts.cpu().numpy(), increasing=False)
+                self._falling[name] = _bits(torch.from_numpy(falling).to(counts))
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -46,7 +51,7 @@ class RateModel:
         for name, shadow in self.candidate.layers.items():
             spent = artifact.tensors[shadow.layer.parameter].size_bytes
             self.fixed_bytes -= spent
-            self.factors[name] = 8 * spent / max(float(self._layer_bits(name)), 1.0)
+            self.factors[name] = 8 * spent / max(float(self._entropy(name)), 1.0)
 
     def bits(self) -> Tensor:
         """float32 scalar: estimated bits of all layers, differentiable in the dense weights."""
@@ -55,18 +60,30 @@ class RateModel:
     @torch.no_grad()
     def bytes(self) -> float:
         """Estimated bytes of the file."""
-        layers = sum(float(self._layer_bits(name)) * self.factors.get(name, 1.0) for name in self.candidate.layers)
+        layers = sum(float(self._entropy(name)) * self.factors.get(name, 1.0) for name in self.candidate.layers)
         return self.fixed_bytes + layers / 8
 
-    def _layer_bits(self, name: str) -> Tensor:
+    def _entropy(self, name: str) -> Tensor:
+        """float32 scalar: bits of the codes as they are."""
         shadow = self.candidate.layers[name]
         if name not in self.tables:
             kept = shadow.dense.numel() if shadow.mask is None else int(shadow.mask.sum())
             return shadow.dense.new_tensor(kept * shadow.coding.bits(shadow.choice))
-        table, magnitude = self.tables[name], _magnitude(shadow)
+        return self.tables[name][_magnitude(shadow).round().long()].sum()
+
+    def _layer_bits(self, name: str) -> Tensor:
+        shadow = self.candidate.layers[name]
+        if name not in self.tables:
+            return self._entropy(name)
+        table, magnitude = self._falling[name], _magnitude(shadow)
         low = magnitude.detach().floor().long().clamp_max(len(table) - 2)
         share = magnitude - low
         return (table[low] * (1 - share) + table[low + 1] * share).sum()
+
+
+def _bits(counts: Tensor) -> Tensor:
+    """Bits of each magnitude, float32 [n], from the counts of its codes of either sign."""
+    return -(counts / (2 * counts.sum() - counts[0])).log2()
 
 
 def _magnitude(shadow: ShadowedLayer) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from autocompress.compression import Candidate
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
-from autocompress.recipe import MODEL
-from autocompress.task import Task, device_of, to_device
-from autocompress.techniques.base import trainings
+from autocompress.recipe import MODEL, Choice
+from autocompress.task import Task, batch_size, device_of, to_device
+from autocompress.techniques.base import IntegerWeights, TrainingTechnique, trainings
 
 DISTILLATION = 0.5
 """Share of the distillation loss; the rest is the task's own loss."""
@@ -24,6 +25,8 @@ _MASK_EVERY = 4
 _RAMP = 0.5
 """Sparsity reaches its target after this share of the steps (cubic, Zhu and Gupta, 2017)."""
 _FREEZE = 0.75
+_SETTLE = 0.8
+_CURVATURE_BATCHES = 8
 
 
 def divergence(student: Any, teacher: Any, target: Any = None, temperature: float = 1.0) -> Tensor:
@@ -73,7 +76,9 @@ def fine_tune(
     device = device_of(model)
     peak = task.learning_rate if learning_rate is None else learning_rate
     asked = recipe.as_dict()
-    choices = {name: asked.get(f"{MODEL}:{name}", technique.default) for name, technique in trainings().items()}
+    choices: dict[str, Choice] = {
+        name: asked.get(f"{MODEL}:{name}", technique.default) for name, technique in trainings().items()
+    }
     penalty = math.fsum(technique.penalty(choices[name]) for name, technique in trainings().items())
     weights, others = candidate.trainable()
     groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
@@ -83,7 +88,7 @@ def fine_tune(
     rate = RateModel(candidate)
     original = sum(layer.numel for layer in candidate.anatomy.layers)
     total = epochs * _count(task)
-    step = 0
+    step, settled = 0, False
     for epoch in range(1, epochs + 1):
         model.train()
         for batch in task.batches("train"):
@@ -93,6 +98,11 @@ def fine_tune(
             if step % _MASK_EVERY == 0 and progress < _FREEZE:
                 ramp = 1 - (1 - min(progress / _RAMP, 1.0)) ** 3
                 candidate.set_masks(share=ramp, start=start_sparsity)
+            if progress >= _SETTLE and not settled:
+                settled = True
+                candidate.set_masks()
+                _settle(task, candidate, rate, choices)
+                model.train()
             if penalty and step % _MASK_EVERY == 0:
                 rate.refresh()
             batch = to_device(batch, device)
@@ -119,6 +129,48 @@ def fine_tune(
         candidate.materialise()
         model.eval()
         yield epoch
+
+
+def _settle(task: Task, candidate: Candidate, rate: RateModel, choices: Mapping[str, Choice]) -> None:
+    """The last rounding of integer weights, by the techniques whose choice is not their default."""
+    active = [(t, choices[name]) for name, t in trainings().items() if choices[name] != t.default]
+    active = [(t, choice) for t, choice in active if type(t).settle is not TrainingTechnique.settle]
+    if not active:
+        return
+    rate.refresh()
+    candidate.materialise()
+    candidate.model.eval()
+    curvature = _curvature(task, candidate)
+    original = sum(layer.numel for layer in candidate.anatomy.layers)
+    for technique, choice in active:
+        for name, bits in rate.tables.items():
+            shadow = candidate.layers[name]
+            with torch.no_grad():
+                scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned)
+                if not scaled.any():
+                    continue
+                step = shadow.masked().abs().amax() / scaled.abs().amax()
+                sensitivity = 0.5 * original * curvature[name] * step.square()
+                codes = technique.settle(choice, IntegerWeights(scaled, sensitivity, bits))
+                shadow.dense.copy_(torch.where(scaled == 0, shadow.dense, codes * step))  # the pruned may return
+
+
+def _curvature(task: Task, candidate: Candidate) -> dict[str, Tensor]:
+    """Diagonal of the empirical Fisher information of each layer, float32, half of it its layer's mean:
+    few samples tell a mean well and a single weight badly."""
+    sums = {name: torch.zeros_like(shadow.dense) for name, shadow in candidate.layers.items()}
+    count = 0
+    for batch in itertools.islice(task.batches("train"), _CURVATURE_BATCHES):
+        batch = to_device(batch, device_of(candidate.model))
+        output, target = task.run(candidate.model, batch)
+        candidate.model.zero_grad()
+        torch.autograd.backward(task.loss(_float(output), target))
+        for name, shadow in candidate.layers.items():
+            if shadow.parameter.grad is not None:
+                sums[name] += batch_size(batch) * shadow.parameter.grad.float().square()
+        count += 1
+    candidate.model.zero_grad()
+    return {name: (total + total.mean()) / (2 * count) for name, total in sums.items()}
 
 
 def _float(output: Any) -> Any:

@@ -350,6 +350,8 @@ def _code(
     zero_weights = _W_ZERO + 8 * (kernel > 1)
     at = -1
     for r in range(rows):
+        if mode == DECODE and rc[4] > len(buffer) + 8:  # a damaged stream that has run dry
+            return
         row_size = tensor_size
         row_mean = 0
         west = west2 = 0
@@ -491,6 +493,8 @@ def _code_floats(
     signs = 0  # 0 no value yet, 1 all positive so far, 2 mixed
     top = min(mantissa, 3)
     for at in range(len(values)):
+        if mode == DECODE and rc[4] > len(buffer) + 8:
+            return
         pattern = values[at] & mask
         if not _direct(mode, rc, buffer, memory, _L_FLOAT, pattern != 0):
             values[at] = 0

@@ -269,7 +269,7 @@ def decode_artifact(data: bytes, where: str = "artifact") -> Artifact:
         raise ArtifactError(
             f"{where} has format version {version}, this release reads up to {VERSION}: upgrade autocompress"
         )
-    if zlib.crc32(data[_PREFIX.size :]) != checksum:
+    if version == 0 or zlib.crc32(data[_PREFIX.size :]) != checksum:
         raise ArtifactError(f"{where} is damaged: its checksum does not match")
     start = _Reader(data[_PREFIX.size :], where)
     length = start.varint()
@@ -399,6 +399,8 @@ class _Reader:
     ) -> StoredTensor:
         before = state.position
         codes = read_codes(state, shape, *coding.layout(choice))
+        if state.position > len(state.buffer) + 8:
+            raise self.broken("its stream ends before its tensors")
         try:
             value = coding.decode(Coded(codes, parameters), choice)
         except (IndexError, ValueError, OverflowError) as error:

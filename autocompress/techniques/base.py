@@ -151,6 +151,20 @@ class Coding(Technique):
         return [layer.name for layer in anatomy.layers]
 
 
+@dataclass(frozen=True)
+class IntegerWeights:
+    """A fine-tuned layer before its last rounding.
+
+    scaled: float32, the weight in units of its integer code. sensitivity: float32 of the same shape, the
+    estimated rise of the loss (nats) by a rounding error of one code, times the number of weights of the
+    original model. bits: float32 [largest magnitude + 1], what the entropy coder needs for each.
+    """
+
+    scaled: Tensor
+    sensitivity: Tensor
+    bits: Tensor
+
+
 class TrainingTechnique(Technique):
     """Changes how a candidate is fine-tuned, not what it is."""
 
@@ -163,6 +177,11 @@ class TrainingTechnique(Technique):
     def penalty(self, choice: Choice) -> float:
         """Price of the estimated rate in the loss: nats per bit of an average original weight."""
         return 0.0
+
+    def settle(self, choice: Choice, weights: IntegerWeights) -> Tensor:
+        """Integer codes as float32, shape of `weights.scaled`: the rounding that the file will store.
+        Called once after fine-tuning, when `choice` is not the default."""
+        return weights.scaled.round()
 
 
 class _CodingDimension:

@@ -77,12 +77,12 @@ class Integers(Coding):
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         low, high = _limits(choice)
-        codes = (weight.detach() / _step(parameters.detach())).clamp(low, high).round()
+        codes = (weight.detach() / _step(parameters.detach())).clamp_(low, high).round_()
         return Coded(codes.to(torch.int32).cpu().numpy(), (float(_on_grid(parameters.detach())),))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
         step = _step(torch.tensor(coded.parameters[0], dtype=torch.float32))
-        return torch.from_numpy(coded.codes.astype(np.float32)) * step
+        return torch.from_numpy(coded.codes.astype(np.float32)).mul_(step)
 
 
 register(Integers())

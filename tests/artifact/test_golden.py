@@ -1,0 +1,79 @@
+"""Every released version of the format stays readable: files of the past decode to what they held.
+
+    python tests/artifact/test_golden.py    writes the golden files of the present version
+
+Files of a released version are never written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import autocompress  # noqa: F401  (registers the techniques)
+from autocompress.artifact.container import VERSION, Artifact, Plan, decode_artifact, encode_artifact
+from autocompress.recipe import Recipe
+from autocompress.techniques.base import coding_choices, coding_of
+
+GOLDEN = Path(__file__).parent / "golden"
+FILES = sorted(GOLDEN.glob("*.acz"))
+
+
+def content(artifact: Artifact) -> dict[str, Any]:
+    tensors = {
+        name: [
+            str(t.choice),
+            str(t.value.dtype),
+            list(t.value.shape),
+            hashlib.sha256(t.value.numpy().tobytes()).hexdigest(),
+        ]
+        for name, t in artifact.tensors.items()
+    }
+    return {"recipe": artifact.recipe.to_json(), "tensors": tensors}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_still_decodes_to_the_same(file: Path) -> None:
+    assert content(decode_artifact(file.read_bytes())) == json.loads(file.with_suffix(".json").read_text())
+
+
+def test_every_version_has_golden_files() -> None:
+    assert {f"v{version}" for version in range(1, VERSION + 1)} <= {file.stem.split("-")[0] for file in FILES}
+
+
+def make() -> None:
+    """One file with every coding and shape, one whose matrices choose every way to be walked."""
+    torch.manual_seed(0)
+    shapes = [(6, 4, 3, 3), (5, 3, 5), (12, 20), (33,), (4, 2, 2, 2, 2), (), (1, 9)]
+    codings = {}
+    for i, choice in enumerate(coding_choices()):
+        value = torch.randn(shapes[i % len(shapes)]) * (torch.rand(shapes[i % len(shapes)]) < 0.6)
+        codings[f"block{i}.conv.weight"] = Plan(value, choice, coding_of(choice).initial(value, choice))
+    codings["constant"] = Plan(torch.full((2, 3), 0.5), "float32")
+    for dtype in (torch.int64, torch.int8, torch.bool):
+        codings[str(dtype)] = Plan(torch.tensor([3, 0, 1]).to(dtype), "float32")
+    smooth = torch.nn.functional.avg_pool2d(torch.randn(8, 1, 16, 16), 3, 1, 1)
+    dead = torch.randn(20, 6, 3, 3)
+    walks = {
+        "image": smooth.view(8, 256),
+        "transposed": smooth.view(8, 256).T,
+        "channels": torch.nn.functional.avg_pool2d(torch.randn(8, 12, 4, 4), 3, 1, 1).view(8, 192),
+        "palette": dead * (dead.abs() > 0.8),
+    }
+    plans = {f"{name}.weight": Plan(w, "int5", coding_of("int5").initial(w, "int5")) for name, w in walks.items()}
+    recipe = Recipe.of({"block0.conv:activation_bits": 8, "relu:activation": "hardtanh", "model:price": 0.5})
+    GOLDEN.mkdir(exist_ok=True)
+    for name, written in (("codings", codings), ("walks", plans)):
+        data = encode_artifact(written, recipe)
+        (GOLDEN / f"v{VERSION}-{name}.acz").write_bytes(data)
+        expected = json.dumps(content(decode_artifact(data)), indent=1)
+        (GOLDEN / f"v{VERSION}-{name}.json").write_text(expected + "\n")
+
+
+if __name__ == "__main__":
+    make()
