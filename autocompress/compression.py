@@ -85,7 +85,8 @@ class Candidate:
             self.layers[layer.name] = shadow
             self.set_masks([layer.name])
             known = learned.get(f"{layer.name}|{choice}") if choices.get(layer.name) == choice else None
-            shadow.learned = coding.initial(shadow.masked(), choice) if known is None else known.clone()
+            fits = known is not None and len(known) == coding.parameters(choice, tuple(dense.shape))
+            shadow.learned = known.clone() if known is not None and fits else coding.initial(shadow.masked(), choice)
             shadow.learned = shadow.learned.to(dense.device)
 
     def set_masks(

@@ -6,12 +6,13 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.compression import Candidate
+from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
 from autocompress.recipe import MODEL, Choice
@@ -147,12 +148,18 @@ def _settle(task: Task, candidate: Candidate, rate: RateModel, choices: Mapping[
             shadow = candidate.layers[name]
             with torch.no_grad():
                 scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned)
-                if not scaled.any():
-                    continue
-                step = shadow.masked().abs().amax() / scaled.abs().amax()
-                sensitivity = 0.5 * original * curvature[name] * step.square()
+                below, above = (_decoded(shadow, codes) for codes in (scaled.floor(), scaled.floor() + 1))
+                sensitivity = 0.5 * original * curvature[name] * (above - below).square()
                 codes = technique.settle(choice, IntegerWeights(scaled, sensitivity, bits))
-                shadow.dense.copy_(torch.where(scaled == 0, shadow.dense, codes * step))  # the pruned may return
+                # the pruned stay as they are: they may return
+                shadow.dense.copy_(torch.where(scaled == 0, shadow.dense, _decoded(shadow, codes)))
+
+
+def _decoded(shadow: ShadowedLayer, codes: Tensor) -> Tensor:
+    """The weights that a file with these codes would give back."""
+    coded = shadow.coding.encode(shadow.masked(), shadow.choice, shadow.learned)
+    integers = codes.to(torch.int32).cpu().numpy()
+    return shadow.coding.decode(replace(coded, codes=integers), shadow.choice).to(codes.device)
 
 
 def _curvature(task: Task, candidate: Candidate) -> dict[str, Tensor]:

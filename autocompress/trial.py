@@ -149,7 +149,8 @@ class Workshop:
             parent = self.trial_folder(spec.parent)
             state = load_file(parent / CHECKPOINT, device=str(self.device))
             parent_recipe = Recipe.from_json(json.loads((parent / RECIPE).read_text()))
-            start = {site: float(share) for site, share in parent_recipe.dimension("sparsity").items()}
+            shares = parent_recipe.dimension("sparsity").items()
+            start = {site: share for site, share in shares if isinstance(share, float)}
         candidate = Candidate(self.original, self.anatomy, recipe, self.run_once, state)
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs

@@ -323,7 +323,7 @@ class _Reader:
         shapes = self.shapes(names)
         kinds = [self.varint() for _ in names]
         self.bound(shapes, kinds, length)
-        codings = iter(self.codings(kinds))
+        codings = iter(self.codings(kinds, shapes))
         plain = {
             name: self.plain(name, shape, kind)
             for name, shape, kind in zip(names, shapes, kinds, strict=True)
@@ -366,16 +366,18 @@ class _Reader:
         ):
             raise self.broken("it declares more weights than its length can hold")
 
-    def codings(self, kinds: list[int]) -> list[tuple[Coding, Choice, tuple[float, ...]]]:
-        codings = []
-        for kind in kinds:
+    def codings(
+        self, kinds: list[int], shapes: list[tuple[int, ...]]
+    ) -> list[tuple[Coding, Choice, tuple[float, ...]]]:
+        codings, lengths = [], []
+        for kind, shape in zip(kinds, shapes, strict=True):
             if kind >= _CODED:
                 tag, index = divmod(kind - _CODED, _CHOICES)
                 coding = coding_tagged(tag)
                 if coding is None or index >= len(coding.choices()):
                     raise self.broken("a tensor has an unknown coding")
                 codings.append((coding, coding.choices()[index]))
-        lengths = [coding.parameters(choice) for coding, choice in codings]
+                lengths.append(coding.parameters(coding.choices()[index], shape))
         planes = np.frombuffer(self.take(4 * sum(lengths)), np.uint8).reshape(4, -1)
         values = iter(np.ascontiguousarray(planes.T).view("<f4").ravel().tolist())
         return [

@@ -63,8 +63,8 @@ class ActivationBits(StructureTechnique):
     about = "bit width of the input of a layer; 32 leaves it in float"
 
     def parse(self, raw: Any) -> Choice:
-        if raw != 32 and (isinstance(raw, bool) or not isinstance(raw, int) or not 2 <= raw <= 16):
-            raise SpaceError(f"choice {raw!r} does not exist; give 32 (float) or whole bits from 2 to 16")
+        if raw != 32 and (isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= 16):
+            raise SpaceError(f"choice {raw!r} does not exist; give 32 (float) or whole bits from 1 to 16")
         return int(raw)
 
     def sites(self, anatomy: Anatomy) -> Sequence[str]:

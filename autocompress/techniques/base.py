@@ -115,8 +115,8 @@ class Coding(Technique):
         """Bits of a weight before entropy coding."""
 
     @abstractmethod
-    def parameters(self, choice: Choice) -> int:
-        """How many learned parameters P a tensor has; 0 for formats that need none."""
+    def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
+        """How many learned parameters P a tensor of this shape has; 0 for formats that need none."""
 
     @abstractmethod
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:

@@ -1,4 +1,7 @@
-"""Floating-point weights: float32, float16, bfloat16, and bfloat16 with fewer bits of mantissa.
+"""Floating-point weights: float32, float16, bfloat16, float8, and bfloat16 with fewer bits of mantissa.
+
+`float8-e4m3` and `float8-e5m2` are the formats of OCP and of Micikevicius et al., FP8 Formats for Deep
+Learning, 2022; torch rounds to them.
 
 `e8m5`, `e8m3` and `e8m2` keep the exponent of float32 (8 bits, of which entropy coding leaves two or three) and
 round the mantissa to 5, 3 or 2 bits: the same relative precision for large and small values, which the
@@ -23,7 +26,15 @@ _LAYOUTS = {
     "e8m5": (8, 5),
     "e8m3": (8, 3),
     "e8m2": (8, 2),
+    "float8-e4m3": (4, 3),
+    "float8-e5m2": (5, 2),
 }
+_TORCH = {
+    "float16": (torch.float16, torch.int16),
+    "float8-e4m3": (torch.float8_e4m3fn, torch.uint8),
+    "float8-e5m2": (torch.float8_e5m2, torch.uint8),
+}
+"""Formats that torch rounds to -> (torch's type, integers of its width)."""
 
 
 class Floats(Coding):
@@ -38,7 +49,7 @@ class Floats(Coding):
     def layout(self, choice: Choice) -> tuple[int, int]:
         return _LAYOUTS[str(choice)]
 
-    def parameters(self, choice: Choice) -> int:
+    def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
         return 0
 
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:
@@ -49,9 +60,14 @@ class Floats(Coding):
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         """The bit patterns as integers, rounded to nearest; -0.0 becomes 0.0."""
-        if choice == "float16":
-            half = (weight.detach().clamp(-65504, 65504).to(torch.float16) + 0.0).contiguous().cpu()
-            return Coded(half.view(torch.int16).numpy().view(np.uint16).astype(np.int32))
+        if choice in _TORCH:
+            dtype, integers = _TORCH[str(choice)]
+            largest = torch.finfo(dtype).max
+            rounded = weight.detach().float().clamp(-largest, largest).to(dtype)
+            pattern = rounded.contiguous().cpu().view(integers).numpy().astype(np.int32)
+            pattern &= (1 << (1 + sum(self.layout(choice)))) - 1
+            negative_zero = 1 << sum(self.layout(choice))
+            return Coded(np.where(pattern == negative_zero, np.int32(0), pattern))
         pattern = (weight.detach().float() + 0.0).contiguous().cpu().view(torch.int32).numpy().view(np.uint32)
         drop = 23 - self.layout(choice)[1]
         if drop:
@@ -60,8 +76,9 @@ class Floats(Coding):
         return Coded(np.asarray(pattern).view(np.int32))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
-        if choice == "float16":
-            return torch.from_numpy(coded.codes.astype(np.uint16).view(np.int16)).view(torch.float16).float()
+        if choice in _TORCH:
+            dtype, integers = _TORCH[str(choice)]
+            return torch.from_numpy(coded.codes).to(integers).view(dtype).float()
         pattern = np.asarray(coded.codes << (23 - self.layout(choice)[1]))
         return torch.from_numpy(pattern).view(torch.float32)
 

@@ -1,4 +1,4 @@
-"""Integer weights of 2 to 8 bits with one learned step a tensor.
+"""Integer weights of 2 to 8 bits with learned steps: one a tensor, or one an output channel.
 
 Learned step size quantisation (Esser et al., LSQ, ICLR 2020): the weight is `code * step` with `code`
 in [-2^(b-1), 2^(b-1) - 1]; rounding is straight-through, and the step has its own gradient.
@@ -15,26 +15,31 @@ from torch import Tensor
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Coded, Coding, register, straight_through
 
-_CHOICES = tuple(f"int{bits}" for bits in range(8, 1, -1))
+_WIDTHS = range(8, 1, -1)
+_PER_CHANNEL = "-channel"
+_CHOICES = (*(f"int{bits}" for bits in _WIDTHS), *(f"int{bits}{_PER_CHANNEL}" for bits in _WIDTHS))
+_SAMPLE = 65536
 
 
 def _limits(choice: Choice) -> tuple[int, int]:
-    half = 1 << (int(str(choice)[3:]) - 1)
+    half = 1 << (int(str(choice)[3]) - 1)
     return -half, half - 1
 
 
-def _on_grid(logarithm: Tensor) -> Tensor:
+def on_grid(logarithm: Tensor) -> Tensor:
+    """Rounded to multiples of 1/32, which cost about a byte in a file; differentiable."""
     return straight_through((logarithm * 32).round() / 32, logarithm)
 
 
-def _step(logarithm: Tensor) -> Tensor:
-    """float32; the power is taken in float64, so that every machine rounds to the same step."""
-    return torch.exp2(_on_grid(logarithm).double()).float()
+def step_of(logarithm: Tensor, dimensions: int) -> Tensor:
+    """2^logarithm, float32, shaped to multiply a tensor of so many dimensions along its first; the power
+    is taken in float64, so that every machine rounds to the same step."""
+    step = torch.exp2(on_grid(logarithm).double()).float()
+    return step if len(step) == 1 else step.view(-1, *[1] * (dimensions - 1))
 
 
 class Integers(Coding):
-    """The learned parameter is log2 of the step, so that it needs no scale of its own; it takes
-    multiples of 1/32, which cost about a byte in the file."""
+    """The learned parameters are log2 of the steps, so that they need no scale of their own."""
 
     tag = 1
 
@@ -42,46 +47,45 @@ class Integers(Coding):
         return _CHOICES
 
     def bits(self, choice: Choice) -> float:
-        return float(str(choice)[3:])
+        return float(str(choice)[3])
 
     def layout(self, choice: Choice) -> tuple[int, int]:
         return 0, int(self.bits(choice)) - 1
 
-    def parameters(self, choice: Choice) -> int:
-        return 1
+    def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
+        return shape[0] if str(choice).endswith(_PER_CHANNEL) and len(shape) > 1 else 1
 
     def initial(self, weight: Tensor, choice: Choice) -> Tensor:
-        """The step of least squared error among 40 between 1/20 and all of the largest magnitude.
+        """The steps of least squared error among 40 between 1/20 and all of the largest magnitude.
 
         Zeros cost nothing under any step, so pruned tensors are fitted to what is left of them.
         """
-        w = weight.detach().flatten().float()
-        if not w.any():
-            return torch.zeros(1)
-        largest = w.abs().max()
-        if w.numel() > 65536:
-            w = w[:: w.numel() // 65536 + 1]
+        count = self.parameters(choice, tuple(weight.shape))
+        if not weight.numel():
+            return weight.new_zeros(count, dtype=torch.float32)
+        rows = weight.detach().float().reshape(count, -1)
+        largest = rows.abs().amax(1)
+        largest = torch.where(largest > 0, largest, largest.amax() if largest.any() else 1.0)
+        rows = rows[:, :: rows.numel() // _SAMPLE + 1]
         low, high = _limits(choice)
-        steps = largest / high * torch.logspace(-1.3, 0, 40, device=w.device)
-        errors = [((w / s).round().clamp(low, high) * s - w).square().sum() for s in steps]
-        return steps[int(torch.stack(errors).argmin())].view(1).log2()
+        steps = largest / high * torch.logspace(-1.3, 0, 40, device=rows.device)[:, None]
+        errors = [((rows / s[:, None]).round().clamp(low, high) * s[:, None] - rows).square().sum(1) for s in steps]
+        best = torch.stack(errors).argmin(0)
+        return steps.gather(0, best[None])[0].log2()
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        low, high = _limits(choice)
-        step = _step(parameters)
-        scaled = (weight / step).clamp(low, high)
-        return straight_through(scaled.round(), scaled) * step
+        scaled = self.scaled(weight, choice, parameters)
+        return straight_through(scaled.round(), scaled) * step_of(parameters, weight.ndim)
 
     def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        return weight / _step(parameters)
+        return (weight / step_of(parameters, weight.ndim)).clamp(*_limits(choice))
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
-        low, high = _limits(choice)
-        codes = (weight.detach() / _step(parameters.detach())).clamp_(low, high).round_()
-        return Coded(codes.to(torch.int32).cpu().numpy(), (float(_on_grid(parameters.detach())),))
+        codes = self.scaled(weight.detach(), choice, parameters.detach()).round_()
+        return Coded(codes.to(torch.int32).cpu().numpy(), tuple(on_grid(parameters.detach()).tolist()))
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
-        step = _step(torch.tensor(coded.parameters[0], dtype=torch.float32))
+        step = step_of(torch.tensor(coded.parameters, dtype=torch.float32), coded.codes.ndim)
         return torch.from_numpy(coded.codes.astype(np.float32)).mul_(step)
 
 

@@ -1,11 +1,14 @@
-"""Unstructured pruning: the smallest weights of a layer are set to zero.
+"""Unstructured and semi-structured pruning: the smallest weights of a layer are set to zero.
 
-Magnitude pruning with regrowth: the dense weight keeps learning behind the mask (straight-through),
-so that a weight that grows again returns (Zhu and Gupta, 2017; Lin et al., DPF, ICLR 2020).
+By share: magnitude pruning (Zhu and Gupta, 2017). By pattern, `2:4`: of each 4 neighbours in a row 2 stay, what
+sparse tensor cores compute with (Mishra et al., 2021). By threshold, `threshold-0.5`: weights below half a
+standard deviation of their layer are cut (Han et al., 2015). In all of them the dense weight keeps learning
+behind the mask (straight-through), so that a weight that grows again returns (Lin et al., DPF, ICLR 2020).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,29 +16,61 @@ import torch
 from torch import Tensor
 
 from autocompress.anatomy import Anatomy
+from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Masking, number_in, register
+
+_PATTERN = re.compile(r"(\d{1,3}):(\d{1,3})")
+_THRESHOLD = "threshold-"
 
 
 class Sparsity(Masking):
     name = "sparsity"
     default = 0.0
-    about = "share of the weights of a layer that is zero"
+    about = "share of the weights of a layer that is zero; or 2:4 (2 of each 4 stay), or threshold-0.5 (deviations)"
 
     def parse(self, raw: Any) -> Choice:
+        if isinstance(raw, str):
+            pattern = _PATTERN.fullmatch(raw)
+            if pattern and 0 < int(pattern[1]) < int(pattern[2]):
+                return raw
+            try:
+                if raw.startswith(_THRESHOLD) and 0 < float(raw.removeprefix(_THRESHOLD)) <= 5:
+                    return raw
+            except ValueError:
+                pass
+            raise SpaceError(
+                f"choice {raw!r} does not exist; give the share of zeros, from 0 to 0.999, "
+                f"a pattern like '2:4' in quotes, or {_THRESHOLD}0.5 (up to 5 standard deviations)"
+            )
         return number_in(raw, 0.0, 0.999, "give the share of zeros,")
 
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return [layer.name for layer in anatomy.layers]
 
     def mask(self, weight: Tensor, choice: Choice) -> Tensor:
+        magnitude = weight.detach().abs()
+        if isinstance(choice, str):
+            pattern = _PATTERN.fullmatch(choice)
+            if pattern:
+                return _largest_of_each(magnitude, int(pattern[1]), int(pattern[2]))
+            keep = magnitude >= float(choice.removeprefix(_THRESHOLD)) * weight.detach().std(correction=0)
+            return keep if keep.any() else magnitude == magnitude.amax()
         zeros = min(int(float(choice) * weight.numel()), weight.numel() - 1)
         if zeros == 0:
             return torch.ones_like(weight, dtype=torch.bool)
-        magnitude = weight.detach().abs().flatten()
-        keep = torch.ones_like(magnitude, dtype=torch.bool)
-        keep[magnitude.topk(zeros, largest=False).indices] = False
+        keep = torch.ones_like(magnitude, dtype=torch.bool).flatten()
+        keep[magnitude.flatten().topk(zeros, largest=False).indices] = False
         return keep.view_as(weight)
+
+
+def _largest_of_each(magnitude: Tensor, stay: int, of: int) -> Tensor:
+    """Bool: the `stay` largest of each `of` neighbours along a row; a shorter rest keeps as many."""
+    rows = magnitude.reshape(magnitude.shape[0], -1)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % of), value=-1.0).view(len(rows), -1, of)
+    keep = torch.zeros_like(padded, dtype=torch.bool)
+    keep.scatter_(2, padded.topk(stay, dim=2).indices, True)
+    return keep.view(len(rows), -1)[:, : rows.shape[1]].reshape(magnitude.shape)
 
 
 register(Sparsity())

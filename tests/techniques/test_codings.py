@@ -52,7 +52,7 @@ def test_gradients_reach_the_weight(choice: str) -> None:
     if parameters.numel():
         assert parameters.grad is not None
         assert bool(parameters.grad.isfinite().all())
-        assert bool((parameters.grad != 0).all())
+        assert (parameters.grad != 0).float().mean() > 0.5
 
 
 def test_float32_is_the_identity() -> None:
@@ -60,13 +60,96 @@ def test_float32_is_the_identity() -> None:
     assert torch.equal(coding_of("float32").simulate(weight, "float32", torch.empty(0)), weight)
 
 
-@pytest.mark.parametrize("choice", ["float16", "bfloat16"])
-def test_halves_round_as_torch_does(choice: str) -> None:
+@pytest.mark.parametrize(
+    ("choice", "dtype"),
+    [
+        ("float16", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("float8-e4m3", "float8_e4m3fn"),
+        ("float8-e5m2", "float8_e5m2"),
+    ],
+)
+def test_floats_round_as_torch_does(choice: str, dtype: str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(1000)
-    expected = weight.to(getattr(torch, choice)).float()
+    expected = weight.to(getattr(torch, dtype)).float()
     got = coding_of(choice).simulate(weight, choice, torch.empty(0))
     torch.testing.assert_close(got, expected, rtol=2**-8 if choice == "bfloat16" else 0, atol=0)
+    assert coding_of(choice).simulate(torch.tensor([1e9]), choice, torch.empty(0)).isfinite().all()
+
+
+@pytest.mark.parametrize(("choice", "values"), [("binary", 2), ("ternary", 3), ("codebook-4", 4), ("codebook-16", 16)])
+def test_few_values(choice: str, values: int) -> None:
+    torch.manual_seed(0)
+    coding, weight = coding_of(choice), torch.randn(30, 40)
+    simulated = coding.simulate(weight, choice, coding.initial(weight, choice))
+    assert len(simulated.unique()) == values
+    assert bool((simulated * weight >= 0).all()), "no weight changes its sign"
+
+
+def test_binary_and_ternary_scales_are_those_of_the_papers() -> None:
+    """XNOR-Net: the mean magnitude. TWN: the mean magnitude of what is above 0.7 mean magnitudes."""
+    torch.manual_seed(0)
+    weight = torch.randn(5000)
+    binary = coding_of("binary").simulate(weight, "binary", coding_of("binary").initial(weight, "binary"))
+    torch.testing.assert_close(binary.abs(), weight.abs().mean().expand(5000), rtol=0.012, atol=0)
+    ternary = coding_of("ternary").simulate(weight, "ternary", coding_of("ternary").initial(weight, "ternary"))
+    above = weight > 0.7 * weight.abs().mean()
+    assert torch.equal(ternary > 0, above)
+    torch.testing.assert_close(ternary.max(), weight[above].mean(), rtol=0.012, atol=0)
+
+
+def test_binary_and_ternary_are_small_before_any_entropy_coding() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(200, 200)
+    for choice, most in (("binary", 1.0), ("ternary", 1.6)):
+        data = encode_artifact({"w": Plan(weight, choice, coding_of(choice).initial(weight, choice))}, Recipe())
+        assert 8 * len(data) / weight.numel() <= most + 0.02
+
+
+def test_a_codebook_is_near_k_means() -> None:
+    """Independent reference: scikit-learn."""
+    from sklearn.cluster import KMeans
+
+    torch.manual_seed(0)
+    weight = torch.randn(3000)
+    coding = coding_of("codebook-8")
+    got = coding.simulate(weight, "codebook-8", coding.initial(weight, "codebook-8"))
+    best = KMeans(8, n_init=3, random_state=0).fit(weight[:, None].numpy()).inertia_
+    assert float((got - weight).square().sum()) <= 1.15 * best
+
+
+def test_a_shared_value_moves_by_the_sum_of_its_weights() -> None:
+    coding, weight = coding_of("codebook-4"), torch.tensor([-1.0, -1.0, 1.0, 2.0])
+    parameters = torch.tensor([-1.0, 1.0, 2.0], requires_grad=True)
+    torch.autograd.backward(coding.simulate(weight, "codebook-4", parameters).sum())
+    assert parameters.grad is not None
+    assert parameters.grad.tolist() == [2, 1, 1]
+
+
+def test_a_step_for_each_channel_fits_channels_of_different_scale() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 50) * torch.logspace(-2, 1, 8)[:, None]
+    errors = []
+    for choice in ("int4", "int4-channel"):
+        coding = coding_of(choice)
+        simulated = coding.simulate(weight, choice, coding.initial(weight, choice))
+        errors.append(float(((simulated - weight).square().sum(1) / weight.square().sum(1)).mean()))
+        assert all(len(row.unique()) <= 16 for row in simulated)
+    assert errors[1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if coding_of(c).layout(c)[0] == 0])
+def test_scaled_rounds_to_the_code(choice: str) -> None:
+    """What the rate model counts is what the file stores."""
+    torch.manual_seed(0)
+    coding, weight = coding_of(choice), torch.randn(20, 30)
+    parameters = coding.initial(weight, choice)
+    largest = 1 << coding.layout(choice)[1]
+    counted = coding.scaled(weight, choice, parameters).clamp(-largest, largest).round()
+    codes = torch.from_numpy(coding.encode(weight, choice, parameters).codes)
+    assert (counted - codes).abs().max() <= 1
+    assert (counted == codes).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -121,8 +121,30 @@ def test_equal_weights_are_cut_by_count_not_all() -> None:
     assert int(SPARSITY.mask(torch.ones(10), 0.5).sum()) == 5
 
 
+@pytest.mark.parametrize(("stay", "of"), [(2, 4), (4, 8), (1, 3)])
+def test_a_pattern_keeps_the_largest_of_each_group(stay: int, of: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4, 3, 3)
+    mask = SPARSITY.mask(weight, f"{stay}:{of}").view(6, 36)
+    for row, kept in zip(weight.view(6, 36), mask, strict=True):
+        for at in range(0, 36, of):
+            group = row[at : at + of].abs()
+            assert set(kept[at : at + of].nonzero().flatten().tolist()) == set(
+                group.topk(min(stay, len(group))).indices.tolist()
+            )
+
+
+def test_a_threshold_cuts_below_its_deviations() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(50, 60) * 0.3
+    assert torch.equal(SPARSITY.mask(weight, "threshold-0.5"), weight.abs() >= 0.5 * weight.std(correction=0))
+    assert int(SPARSITY.mask(torch.ones(4, 4), "threshold-5").sum()) == 16
+
+
 def test_bad_choices_are_named() -> None:
-    for technique, raw in [(CHANNELS, 0), (CHANNELS, "half"), (SPARSITY, 1.0), (SPARSITY, True), (ACTIVATION, "swish")]:
+    wrong = [(CHANNELS, 0), (CHANNELS, "half"), (ACTIVATION, "swish")]
+    wrong += [(SPARSITY, raw) for raw in (1.0, True, "4:2", "2:", "threshold-x", "threshold-9")]
+    for technique, raw in wrong:
         with pytest.raises(SpaceError, match=f"choice {raw!r} does not exist"):
             technique.parse(raw)
 
