@@ -44,7 +44,7 @@ class Codebook(Coding):
         count = _size(choice) - 1
         if not len(kept):
             return torch.linspace(-1, 1, count, device=weight.device)
-        kept = kept[:: len(kept) // _SAMPLE + 1]
+        kept = kept[:: len(kept) // _SAMPLE + 1].contiguous()
         book = _book(kept[((torch.arange(count, device=kept.device) + 0.5) / count * len(kept)).long()])
         for _ in range(20):
             place = torch.bucketize(kept, (book[1:] + book[:-1]) / 2)
