@@ -128,7 +128,7 @@ def chunk(task: tuple[int, int]) -> tuple[collections.Counter[str], float, list[
                 decode_artifact(data)
                 outcomes["read"] += 1
             except ArtifactError as error:
-                outcomes[re.sub(r"'.*'|\d+", "...", str(error))] += 1
+                outcomes[re.sub(r"""'.*'|".*"|\d+""", "...", str(error))] += 1
             except BaseException as error:
                 wrong.append(f"{error!r} for {data.hex()}")
             spent = time.monotonic() - began

@@ -12,13 +12,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import reference_reader
 import torch
 
 import autocompress  # noqa: F401  (registers the techniques)
 from autocompress.artifact.container import VERSION, Artifact, Plan, decode_artifact, encode_artifact
+from autocompress.artifact.dictionary import DICTIONARY
 from autocompress.recipe import Recipe
-from autocompress.techniques.base import coding_choices, coding_of
+from autocompress.techniques.base import Coded, coding_choices, coding_of
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(GOLDEN.glob("*.acz"))
@@ -40,6 +43,18 @@ def content(artifact: Artifact) -> dict[str, Any]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_it_still_decodes_to_the_same(file: Path) -> None:
     assert content(decode_artifact(file.read_bytes())) == json.loads(file.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_reader_written_from_the_documentation_reads_it(file: Path) -> None:
+    """docs/format.md is enough: the reader beside this test shares no code with ours."""
+    ours = decode_artifact(file.read_bytes()).tensors
+    for name, choice, shape, codes, parameters in reference_reader.read(file.read_bytes(), DICTIONARY.tobytes()):
+        tensor = ours[name]
+        assert (choice, shape, tuple(parameters)) == (tensor.choice, list(tensor.value.shape), tensor.parameters)
+        if codes is not None:
+            read = np.array(codes, np.int64).astype(np.int32).reshape(shape)
+            assert torch.equal(coding_of(choice).decode(Coded(read, tuple(parameters)), choice), tensor.value), name
 
 
 def test_every_version_has_golden_files() -> None:

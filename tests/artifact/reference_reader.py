@@ -1,0 +1,384 @@
+"""A second reader of `.acz`, written from docs/format.md alone: slow, plain Python, nothing shared with ours.
+
+It keeps the text honest: when it fails on a golden file, either the format or its description changed.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+STRETCH = [max(-2047, min(2047, round(256 * math.log((i + 0.5) / (4095.5 - i))))) for i in range(4096)]
+SQUASH = [max(16, min(65520, round(65536 / (1 + math.exp((2048 - i) / 256))))) for i in range(4096)]
+RATE = [round(65536 / (n + 1.5)) for n in range(1024)]
+TRUST = [round(256 * n / (n + 1.05)) for n in range(1024)]
+GAIN = [round(2 + 1320 / (60 + 4 * n)) for n in range(1024)]
+LOG = [round(16 * math.log2(max(i, 0.5))) for i in range(4096)]
+FLOATS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7), "e8m5": (8, 5), "e8m3": (8, 3), "e8m2": (8, 2)}
+FLOATS |= {"float8-e4m3": (4, 3), "float8-e5m2": (5, 2)}
+BITS = range(8, 1, -1)
+CHOICES: list[list[str]] = [
+    list(FLOATS),
+    [*(f"int{b}" for b in BITS), *(f"int{b}-channel" for b in BITS)],
+    ["ternary", "binary"],
+    [f"codebook-{k}" for k in (256, 128, 64, 32, 16, 8, 4)],
+]
+
+
+class Counters:
+    """Named counters [P, n]; `fresh` drops the local ones."""
+
+    def __init__(self) -> None:
+        self.shared: dict[Any, list[int]] = defaultdict(lambda: [1 << 19, 0])
+        self.local: dict[Any, list[int]] = defaultdict(lambda: [1 << 19, 0])
+
+
+class Weights:
+    def __init__(self, start: int) -> None:
+        self.values = [start] * 7
+        self.seen = 0
+
+
+class Stream:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 4
+        self.range, self.code = 0xFFFFFFFF, int.from_bytes(data[:4].ljust(4, b"\0"), "big")
+        self.counters = Counters()
+        self.first: dict[Any, Weights] = defaultdict(lambda: Weights(round(0.15 * 65536)))
+        self.second: dict[Any, Weights] = defaultdict(lambda: Weights(0))
+
+    def bit(self, p: int) -> int:
+        bound = (self.range >> 16) * p
+        if self.code < bound:
+            bit, self.range = 1, bound
+        else:
+            bit, self.range, self.code = 0, self.range - bound, self.code - bound
+        while self.range < 1 << 24:
+            self.range <<= 8
+            self.code = self.code << 8 | (self.data[self.at] if self.at < len(self.data) else 0)
+            self.at += 1
+        return bit
+
+    def direct(self, counter: list[int]) -> int:
+        bit = self.bit(min(max(counter[0] >> 4, 16), 65520))
+        update(counter, bit)
+        return bit
+
+    def flag(self, context: int) -> int:
+        return self.direct(self.counters.shared["flag", context])
+
+    def number(self) -> int:
+        bits = 0
+        while bits < 20 and self.flag(4 + bits):
+            bits += 1
+        value = min(bits, 1)
+        for _ in range(bits - 1):
+            value = value << 1 | self.flag(3)
+        return value
+
+
+def update(counter: list[int], bit: int) -> None:
+    counter[0] += ((1048575 if bit else 0) - counter[0]) * RATE[counter[1]] >> 16
+    counter[1] = min(counter[1] + 1, 1020)
+
+
+def mixed(counters: Sequence[list[int]], first: Weights, second: Weights | None, code: Callable[[int], int]) -> int:
+    """One decision; `code(p)` reads it from the stream, or gives it when it is known."""
+    s = [STRETCH[p >> 8] * TRUST[n] >> 8 for p, n in counters]
+    extra = second.values if second else [0] * 7
+    dot = sum((w + e) * x for w, e, x in zip(first.values, extra, s, strict=False)) >> 16
+    p = SQUASH[min(max(dot, -2048), 2047) + 2048]
+    bit = code(p)
+    error = ((65536 if bit else 0) - p) * GAIN[first.seen >> 2]
+    first.seen = min(first.seen + 1, 4095)
+    for k, (x, counter) in enumerate(zip(s, counters, strict=True)):
+        step = (x * error + (1 << 17)) >> 18
+        first.values[k] += step
+        if second:
+            second.values[k] += step
+        update(counter, bit)
+    return bit
+
+
+def signed64(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def text(stream: Stream, length: int, dictionary: bytes) -> bytes:
+    tables: dict[Any, list[int]] = defaultdict(lambda: [1 << 19, 0])
+    first = [Weights(round(0.15 * 65536)), Weights(round(0.15 * 65536))]
+    second = [Weights(0) for _ in range(16)]
+    places: dict[int, int] = {}
+    done = bytearray()
+    word = place = match = 0
+    for i in range(len(dictionary) + length):
+        hashes = [int.from_bytes(done[-o:] if o else b"", "big") for o in (0, 1, 2, 3, 5)]
+        hashes = [h * 0x2F0B4C47 for h in hashes] + [word]
+        node, agrees = 1, place > 0
+        for k in range(7, -1, -1):
+            counters = []
+            for order, h in enumerate(hashes):
+                m = signed64(h + node * 0x3C6EF372)
+                m = signed64((m ^ (m >> 15)) * 0x2545F491)
+                counters.append(tables[order, (m >> 12) % (1 << 14)])
+            guess = done[place] >> k & 1 if agrees else 0
+            counters.append(tables["match", min(match, 31) * 2 + guess if agrees else 0])
+            known = dictionary[i] >> k & 1 if i < len(dictionary) else None
+            code = stream.bit if known is None else (lambda p, known=known: known)
+            bit = mixed(counters, first[agrees], second[min(match, 15)], code)
+            agrees = agrees and bit == guess
+            node = node << 1 | bit
+        byte = node - 256
+        done.append(byte)
+        word = (word + byte + 1) * 0x2C9277B5 % (1 << 32) if byte >= 48 else 0
+        place, match = (place + 1, match + 1) if place and agrees else (0, 0)
+        key = (int.from_bytes(done[-3:], "big") * 0x9E3779B1 >> 12) % 4096
+        place = place or places.get(key, 0)
+        places[key] = i + 1
+    return bytes(done[len(dictionary) :])
+
+
+def near(value: int, unit: int) -> int:
+    size = abs(value)
+    level = (10 * size >= 3 * unit) + (size >= unit) + (size >= 2 * unit)
+    return 3 - level if value < 0 else 3 + level
+
+
+def integers(stream: Stream, rows: int, columns: int, kernel: int, width: int, mantissa: int) -> list[int]:
+    stream.counters.local.clear()
+    for weights in stream.first.values():
+        weights.seen = 0
+    shared, local = stream.counters.shared, stream.counters.local
+    shift = max(11 - mantissa, 0)
+    fine, offset = 8 + shift, 160 - 16 * shift
+    tensor, nonzero, nonzeros = (3 << fine) // 10, 1 << fine, 0
+    column, column_mean = [0] * columns, [0] * columns
+    coefficients = [6554, 0, 5243, 0]
+    out: list[int] = []
+
+    def log(v: int) -> int:
+        return LOG[min(v >> 8, 4095)]
+
+    def clipped(v: int) -> int:
+        return min(max((v + offset) >> 3, 0), 31)
+
+    for t in range(rows * columns):
+        r, c = divmod(t, columns)
+        if c == 0:
+            row, row_mean = tensor, 0
+        if r == 0:
+            column[c] = tensor
+        place = c % kernel if kernel > 1 else 0
+        inside = place if kernel > 1 else c  # columns on this side of the border
+        across = (place % width if width else place) if kernel > 1 else c
+
+        def back(steps: int, room: int, t: int = t) -> int:
+            return out[t - steps] if steps <= room else 0
+
+        up = width > 0 and inside >= width
+        neighbours = [
+            back(1, across),
+            back(2, across),
+            back(width, inside) if up else 0,
+            back(width + 1, inside) if up and across > 0 and (kernel > 1 or c > width) else 0,
+        ]
+        west, _, north, _ = neighbours
+        level = clipped(log(tensor))
+        expected = clipped(log(row) + log(column[c]) - log(tensor))
+        w, n = near(west << fine, nonzero), near(north << fine, nonzero)
+        cm, rm = near(2 * column_mean[c], tensor), near(4 * row_mean, tensor)
+        linear, prediction, unit = 7, 0, max(tensor >> shift, 1)
+        if any(neighbours):
+            prediction = sum(a * b for a, b in zip(coefficients, neighbours, strict=True)) >> 8
+            step = min((4 * abs(prediction) + unit // 2) // unit, 7)
+            linear = 7 - step if prediction < 0 else 7 + step
+        counters = [
+            local["column", clipped(log(column[c]))],
+            local["row", clipped(log(row))],
+            local["place", min(place, 63)],
+            local["near", 7 * w + n],
+            shared["zero near", 7 * w + n, level],
+            shared["zero linear", abs(linear - 7), expected],
+        ]
+        x = 0
+        if mixed(counters, stream.first["zero", kernel > 1], None, stream.bit):
+            counters = [
+                shared["means", 7 * cm + rm],
+                local["sign", 7 * w + n],
+                shared["sign near", 7 * w + n, cm],
+                shared["sign linear", linear, 7 * w + n],
+            ]
+            sign = mixed(counters, stream.first["sign"], stream.second["sign", level], stream.bit)
+            if sign:
+                w, n, cm, rm, linear = 6 - w, 6 - n, 6 - cm, 6 - rm, 14 - linear
+
+            def decide(node: int, step: int) -> int:
+                counters = [
+                    local["node", node, sign],
+                    shared["node expected", node, sign, expected],
+                    shared["node level", node, sign, level],
+                    local["node near", node, 7 * w + n],
+                    shared["node means", node, 7 * cm + rm],
+                    local["node linear", node, linear],
+                ]
+                second = stream.second["node", level, step, sign]
+                return mixed(counters, stream.first["node", step, sign], second, stream.bit)
+
+            k = 0
+            while k < mantissa and decide(min(k, 15), min(k, 9)):
+                k += 1
+            m = 1
+            for done in range(k):
+                m = m << 1 | decide(min(16 + m, 159), 10 + min(done, 3) + 4 * min(k, 6))
+            x = -m if sign else m
+            nonzero += ((m << fine) - nonzero) * RATE[min(nonzeros, 1023)] >> 16
+            nonzeros += 1
+        out.append(x)
+        if any(neighbours):
+            rate, energy = 131 + 655360 // (500 + t), sum(v * v for v in neighbours)
+            norm = 256 * energy + (8 * unit * unit >> 8) + 26
+            factor = (rate * (256 * x - prediction) << 8) // norm
+            coefficients = [a + (factor * b >> 8) for a, b in zip(coefficients, neighbours, strict=True)]
+        size, value = abs(x) << fine, x << fine
+        row += (size - row) * RATE[min(c + 3, 1023)] >> 16
+        row_mean += (value - row_mean) * RATE[min(c + 3, 1023)] >> 16
+        column[c] += (size - column[c]) * RATE[min(r + 3, 1023)] >> 16
+        column_mean[c] += (value - column_mean[c]) * RATE[min(r + 3, 1023)] >> 16
+        tensor += (size - tensor) * RATE[min(t + 1, 1023)] >> 16
+    return out
+
+
+def floats(stream: Stream, count: int, exponent: int, mantissa: int) -> list[int]:
+    stream.counters.local.clear()
+    for weights in stream.first.values():
+        weights.seen = 0
+    shared, local = stream.counters.shared, stream.counters.local
+    before = signs = 0
+    out = []
+    for _ in range(count):
+        if not stream.direct(local["zero"]):
+            out.append(0)
+            continue
+        node = 1
+        for _ in range(1 + exponent):
+            counters = [shared["signs", signs, node], shared["before", before % 32, node], local["tree", node]]
+            node = node << 1 | mixed(counters, stream.first["float"], None, stream.bit)
+        tree = 1
+        for _ in range(min(mantissa, 3)):
+            counters = [shared["top", signs, tree], local["top", node % 1024, tree], local["top", tree]]
+            tree = tree << 1 | mixed(counters, stream.first["mantissa"], None, stream.bit)
+        value = (node << min(mantissa, 3)) | (tree - (1 << min(mantissa, 3)))
+        for _ in range(mantissa - 3):
+            value = value << 1 | stream.bit(32768)
+        value -= 1 << (1 + exponent + mantissa)
+        out.append(value)
+        before = value >> mantissa & ((1 << exponent) - 1)
+        signs = max(signs, 1 + (value >> (exponent + mantissa)))
+    return out
+
+
+def codes(stream: Stream, shape: Sequence[int], mantissa: int) -> list[int]:
+    """Integer codes of a tensor, row by row."""
+    sides: list[list[int]] | None = None
+    if stream.number():
+        sides = []
+        for _ in range(2):
+            largest, used, last = stream.number(), [], 0
+            for value in range(1, largest):
+                last = stream.flag(last)
+                used += [value] * last
+            sides.append(used + [largest] * (largest > 0))
+        mantissa = max(*map(len, sides), 1).bit_length()
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    transposed, kernel, width = 0, max(1, math.prod(shape[2:])), shape[-1] if len(shape) > 3 else 0
+    if len(shape) == 2 and min(shape) > 1:
+        transposed, kernel, width = stream.number(), stream.number() + 1, stream.number()
+    if transposed:
+        flat = integers(stream, columns, rows, kernel, width, mantissa)
+        flat = [flat[j * rows + i] for i in range(rows) for j in range(columns)]
+    else:
+        flat = integers(stream, rows, columns, kernel, width, mantissa)
+    if sides:
+        flat = [-sides[0][-x - 1] if x < 0 else sides[1][x - 1] if x else 0 for x in flat]
+    return flat
+
+
+class Header:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> bytes:
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.take(1)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def shapes(self, count: int) -> list[list[int]]:
+        ranks = [self.varint() for _ in range(count)]
+        shapes: list[list[int]] = [[] for _ in ranks]
+        for place in range(max(ranks, default=0)):
+            foretold = 0
+            for shape, rank in zip(shapes, ranks, strict=True):
+                if place < rank:
+                    number = self.varint()
+                    shape.append(number - 1 if number else foretold)
+                    foretold = shape[place] if place != 1 else foretold
+                if place == 1 and rank > 1:
+                    foretold = shape[0]
+        return shapes
+
+
+def parameter_count(choice: str, shape: Sequence[int]) -> int:
+    if choice in FLOATS:
+        return 0
+    if choice.startswith("codebook"):
+        return int(choice.split("-")[1]) - 1
+    if choice.endswith("-channel") and len(shape) > 1:
+        return shape[0]
+    return 2 if choice == "ternary" else 1
+
+
+def layout(choice: str) -> tuple[int, int]:
+    if choice in FLOATS:
+        return FLOATS[choice]
+    if choice.startswith("codebook"):
+        return 0, int(choice.split("-")[1]).bit_length() - 1
+    return 0, int(choice[3]) - 1 if choice.startswith("int") else 0
+
+
+def read(data: bytes, dictionary: bytes) -> Iterator[tuple[str, str, list[int], list[int] | None, list[float]]]:
+    """(name, choice, shape, codes or None, parameters) of each tensor; constant and raw ones have no codes."""
+    assert data[:5] == b"\x89ACZ\x01"
+    assert zlib.crc32(data[9:]) == int.from_bytes(data[5:9], "little")
+    start = Header(data[9:])
+    length = start.varint()
+    stream = Stream(start.data[start.at :])
+    header = Header(text(stream, length, dictionary))
+    count = header.varint()
+    names = header.take(header.varint()).decode().split("\n")
+    shapes = header.shapes(count)
+    kinds = [header.varint() for _ in names]
+    chosen = [CHOICES[(k - 2) // 32][(k - 2) % 32] if k > 1 else ("constant", "raw")[k] for k in kinds]
+    counts = [parameter_count(c, s) if k > 1 else 0 for c, s, k in zip(chosen, shapes, kinds, strict=True)]
+    planes = [header.take(sum(counts)) for _ in range(4)]
+    parameters = iter([struct.unpack("<f", bytes(four))[0] for four in zip(*planes, strict=True)])
+    for name, choice, shape, kind, some in zip(names, chosen, shapes, kinds, counts, strict=True):
+        own = [next(parameters) for _ in range(some)]
+        if kind < 2:
+            yield name, choice, shape, None, own
+        elif choice in FLOATS:
+            yield name, choice, shape, floats(stream, math.prod(shape), *FLOATS[choice]), own
+        else:
+            yield name, choice, shape, codes(stream, shape, layout(choice)[1]), own
