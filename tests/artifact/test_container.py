@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autocompress.artifact.coder import CoderState
 from autocompress.artifact.container import (
     MAGIC,
     VERSION,
@@ -24,6 +27,7 @@ from autocompress.artifact.container import (
 )
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Recipe
+from autocompress.tasks.digits import residual_net
 from autocompress.techniques.base import coding_choices, coding_of
 
 names = st.text(st.characters(exclude_characters="\n:", exclude_categories=["C"]), min_size=1, max_size=12)
@@ -111,6 +115,54 @@ def test_a_mutated_file_with_a_right_checksum_is_read_or_refused(data: st.DataOb
     cut = data.draw(st.integers(17, len(broken)))
     with suppress(ArtifactError):
         decode_artifact(sealed(bytes(broken[:cut])))
+
+
+def forged(header: bytes) -> bytes:
+    """A file with this header, well coded and sealed."""
+    state = CoderState()
+    state.code_text(np.frombuffer(header, np.uint8).copy())
+    body = bytes([len(header)]) + state.finish()
+    return sealed(MAGIC + bytes([VERSION]) + bytes(4) + body)
+
+
+BILLION = b"\x80\x94\xeb\xdc\x03"
+INT8, CONSTANT, RAW = b"\x22", b"\x00", b"\x01"
+LIES = {
+    "it declares more weights": b"\x01\x01w\x02" + BILLION + b"\x40" + INT8 + bytes(4) + b"\0",
+    "it declares more weights than": b"\x01\x01w\x01" + BILLION + CONSTANT + b"\x08" + bytes(4) + b"\0",
+    "it declares more": b"\x01\x01w\x01" + BILLION + RAW + b"\x08" + bytes(9) + b"\0",
+    "an impossible shape": b"\x01\x01w\x04\x02\x02" + BILLION + BILLION + INT8 + bytes(4) + b"\0",
+    "has 99 dimensions": b"\x01\x01w\x63" + b"\x02" * 99 + INT8 + bytes(4) + b"\0",
+    "missing or double": b"\x02\x03w\nw\x01\x01\x02\x02" + INT8 * 2 + bytes(8) + b"\0",
+    "unknown coding": b"\x01\x01w\x01\x05\x7f" + bytes(4) + b"\0",
+    "a coded tensor is empty": b"\x01\x01w\x01\x01" + INT8 + bytes(4) + b"\0",
+    "longer than its content": b"\x01\x01w\x01\x05" + INT8 + bytes(4) + b"\0more",
+    "ends too early": b"\x01\x01w\x01\x05" + INT8 + bytes(2),
+}
+
+
+@pytest.mark.parametrize("message", LIES)
+def test_a_header_that_lies_is_refused_before_it_costs_anything(message: str) -> None:
+    data = forged(LIES[message])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match=message):
+            decode_artifact(data)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_header_is_small() -> None:
+    """At most 64 bytes and 12 for each layer beyond the coded data, for the names and choices of a real net."""
+    model = residual_net()
+    layers = [name for name, value in model.state_dict().items() if value.ndim > 1]
+    plans = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and "running" not in name:
+            plans[name] = plan(value + 1e-3 * torch.randn_like(value), "int4" if value.ndim > 1 else "e8m3")
+    recipe = Recipe.of({f"{name.removesuffix('.weight')}:activation_bits": 8 for name in layers})
+    assert decode_artifact(encode_artifact(plans, recipe)).header_bytes <= 64 + 12 * len(layers)
 
 
 def test_foreign_and_newer_files_are_told_apart() -> None:
