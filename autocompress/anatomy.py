@@ -221,11 +221,14 @@ class ChannelGraph:
                 out.append((self.names[id(module)], "out" if makes else "in"))
         return out
 
-    def importance(self, name: str) -> Tensor:
-        """Float [channels]: norm of all weights that a channel owns, over the whole group."""
-        measure = tp.importance.GroupMagnitudeImportance(p=2, normalizer="mean")
+    def importance(self, name: str, measure: Callable[[Any], Any]) -> Tensor:
+        """Float [channels] by a measure of Torch-Pruning's kind: group -> one number a channel."""
         with _quiet():
             return torch.as_tensor(measure(self.groups[name])).detach()
+
+    def makers(self, name: str) -> list[nn.Module]:
+        """The layers that make the channels of this group."""
+        return [dep.target.module for dep, _ in self.groups[name] if self._makes(dep)]
 
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove these channels physically from every layer of the group."""

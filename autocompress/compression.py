@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, Layer, Run
 from autocompress.artifact import Weights
-from autocompress.recipe import Choice, Recipe
+from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.surgery import assign, owners, tensors
 from autocompress.techniques.base import Coding, coding_of, maskings, structures
 from autocompress.techniques.channels import kept_channels
@@ -62,6 +62,7 @@ class Candidate:
         parent = dict(state or {})
         learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}
         choices = {k.rpartition("|")[0]: k.rpartition("|")[2] for k in learned}
+        options = {dimension: choice for site, dimension, choice in recipe if site == MODEL}
         for name, structure in structures().items():
             chosen = recipe.dimension(name)
             if name == "channels":
@@ -70,7 +71,7 @@ class Candidate:
                 }
                 if parent:
                     _assign_known(self.model, parent)
-            structure.apply(self.model, chosen, run)
+            structure.apply(self.model, chosen, run, options)
         if parent:
             _assign_known(self.model, parent)
         places = owners(self.model)

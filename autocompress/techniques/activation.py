@@ -77,7 +77,9 @@ class Activation(StructureTechnique):
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return list(anatomy.activations)
 
-    def apply(self, model: nn.Module, chosen: Mapping[str, Choice], run: Run) -> None:
+    def apply(
+        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+    ) -> None:
         before = {name: model.get_submodule(name) for name in chosen}
         self.restore(model, chosen)
         fitted = {

@@ -70,7 +70,9 @@ class ActivationBits(StructureTechnique):
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return anatomy.inputs
 
-    def apply(self, model: nn.Module, chosen: Mapping[str, Choice], run: Run) -> None:
+    def apply(
+        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+    ) -> None:
         self.restore(model, chosen)
         quantizers = [m for m in model.modules() if isinstance(m, InputQuantizer)]
         fresh = [quantizer for quantizer in quantizers if bool(quantizer.high == quantizer.low)]

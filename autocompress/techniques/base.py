@@ -64,10 +64,13 @@ class StructureTechnique(Technique):
     restores: ClassVar[bool] = True
 
     @abstractmethod
-    def apply(self, model: nn.Module, chosen: Mapping[str, Choice], run: Run) -> None:
+    def apply(
+        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+    ) -> None:
         """Change `model` in place so that it has the `chosen` (site -> choice); idempotent.
 
-        `run(model)` runs it on the calibration batch.
+        `run(model)` runs it on the calibration batch. options: the recipe's choices for the whole model,
+        dimension -> choice, for techniques that read one of them.
         """
 
     @abstractmethod

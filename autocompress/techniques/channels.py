@@ -1,7 +1,7 @@
 """Structured pruning: whole channels are removed from every layer that shares them.
 
-Groups come from Torch-Pruning's dependency graph (Fang et al., DepGraph, CVPR 2023); the channels of
-least group norm go first (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017).
+Groups come from Torch-Pruning's dependency graph (Fang et al., DepGraph, CVPR 2023); the least important
+channels go first, by the criterion of `importance.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from autocompress.anatomy import Anatomy, ChannelGraph, Run
 from autocompress.recipe import Choice
 from autocompress.techniques.base import StructureTechnique, number_in, register
+from autocompress.techniques.importance import Importance, importance
 
 
 def kept_channels(original: int, share: float) -> int:
@@ -33,15 +34,18 @@ class Channels(StructureTechnique):
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return [group.name for group in anatomy.groups]
 
-    def apply(self, model: nn.Module, chosen: Mapping[str, Choice], run: Run) -> None:
+    def apply(
+        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+    ) -> None:
         """`chosen` holds channel counts (site -> int): counts, unlike shares, also fit a pruned model."""
         if not chosen:
             return
         graph = ChannelGraph(model, run)
         surplus = {name: graph.channels(name) - int(count) for name, count in chosen.items()}
         # all judged before any is removed: removal shifts the channels of concatenations
-        importance = {name: graph.importance(name) for name, count in surplus.items() if count > 0}
-        for name, values in importance.items():
+        criterion = str((options or {}).get(Importance.name, Importance.default))
+        judged = {name: importance(criterion, graph, name, run) for name, count in surplus.items() if count > 0}
+        for name, values in judged.items():
             graph.remove(name, sorted(values.argsort(stable=True)[: surplus[name]].tolist()))
 
     def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:

@@ -56,6 +56,46 @@ def test_the_weakest_channels_go_first() -> None:
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
 
 
+CRITERIA = ["l2", "l1", "geometric-median", "lamp", "activation", "kl", "random"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_removes_channels_of_every_model(criterion: str, any_task: Task) -> None:
+    run, model = run_of(any_task), any_task.build()
+    groups = read_anatomy(model, run).groups
+    if not groups:
+        pytest.skip("nothing to prune in this model")
+    expected = run(model).shape
+    CHANNELS.apply(model, {g.name: kept_channels(g.channels, 0.5) for g in groups}, run, {"importance": criterion})
+    assert run(model).shape == expected
+    assert read_anatomy(model, run).groups[0].channels == kept_channels(groups[0].channels, 0.5)
+
+
+@pytest.mark.parametrize("criterion", ["l2", "l1", "lamp", "activation", "kl"])
+def test_a_channel_that_does_nothing_goes_first(criterion: str) -> None:
+    """The second one of the hidden layer is dead, whatever the criterion."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1], model[2].weight[:, 1] = 0, -1, 0
+    inputs = torch.randn(64, 6)
+    expected = model(inputs)
+    CHANNELS.apply(model, {"0": 7}, lambda model: model(inputs), {"importance": criterion})
+    assert model[0].weight.shape == (7, 6)
+    torch.testing.assert_close(model(inputs), expected)
+
+
+def test_the_geometric_median_drops_a_double() -> None:
+    """Two filters of eight are the same: one of the crowd goes, not the outlier of least norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.ones(8, 6) + 0.01 * torch.randn(8, 6))
+        model[0].weight[5] = -0.1
+    CHANNELS.apply(model, {"0": 4}, lambda model: model(torch.randn(4, 6)), {"importance": "geometric-median"})
+    assert bool((model[0].weight < 0).any())
+
+
 def test_concatenated_channels_follow_their_source() -> None:
     """U-Net: what is removed from both ends of a skip connection leaves the right inputs behind."""
     task = zoo_task("unet")
