@@ -2,8 +2,9 @@
 
 By share: magnitude pruning (Zhu and Gupta, 2017). By pattern, `2:4`: of each 4 neighbours in a row 2 stay, what
 sparse tensor cores compute with (Mishra et al., 2021). By threshold, `threshold-0.5`: weights below half a
-standard deviation of their layer are cut (Han et al., 2015). In all of them the dense weight keeps learning
-behind the mask (straight-through), so that a weight that grows again returns (Lin et al., DPF, ICLR 2020).
+standard deviation of their layer are cut (Han et al., 2015). Masks are drawn again while fine-tuning: a pruned
+weight keeps its value behind the mask and returns when others fall below it (dynamic network surgery, Guo
+et al., NeurIPS 2016).
 """
 
 from __future__ import annotations
