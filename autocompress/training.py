@@ -26,7 +26,7 @@ _MASK_EVERY = 4
 _RAMP = 0.5
 """Sparsity reaches its target after this share of the steps (cubic, Zhu and Gupta, 2017)."""
 _FREEZE = 0.75
-_SETTLE = 0.8
+_SETTLE, _CALIBRATE = 0.8, 0.9
 _CURVATURE_BATCHES = 8
 
 
@@ -63,11 +63,13 @@ def fine_tune(
     epochs: int,
     start_sparsity: Mapping[str, float] | None = None,
     learning_rate: float | None = None,
+    rate: RateModel | None = None,
 ) -> Iterator[int]:
     """Fine-tune in place; yields the number of finished epochs after each.
 
     start_sparsity: layer -> share of zeros from which the sparsity rises to the recipe's. learning_rate:
-    peak rate, the task's own by default.
+    peak rate, the task's own by default. rate: the rate model of the candidate, which is calibrated near
+    the end.
 
     Raises TaskError when the loss stops being finite.
     """
@@ -86,7 +88,8 @@ def fine_tune(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak)
     half = device.type == "cuda" and choices.get("precision") == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    rate = RateModel(candidate)
+    calibrated = rate is None
+    rate = rate or RateModel(candidate)
     original = sum(layer.numel for layer in candidate.anatomy.layers)
     total = epochs * _count(task)
     step, settled = 0, False
@@ -99,11 +102,15 @@ def fine_tune(
             if step % _MASK_EVERY == 0 and progress < _FREEZE:
                 ramp = 1 - (1 - min(progress / _RAMP, 1.0)) ** 3
                 candidate.set_masks(share=ramp, start=start_sparsity)
-            if progress >= _SETTLE and not settled:
+            last = step + 1 >= total
+            if (progress >= _SETTLE or last) and not settled:
                 settled = True
                 candidate.set_masks()
                 _settle(task, candidate, rate, choices)
                 model.train()
+            if (progress >= _CALIBRATE or last) and not calibrated:
+                calibrated = True
+                rate.calibrate()
             if penalty and step % _MASK_EVERY == 0:
                 rate.refresh()
             batch = to_device(batch, device)

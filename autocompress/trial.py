@@ -154,11 +154,12 @@ class Workshop:
         candidate = Candidate(self.original, self.anatomy, recipe, self.run_once, state)
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
-        for epoch in fine_tune(self.task, candidate, self.original, epochs, start, self._learning_rate(candidate)):
-            if epoch == max(1, epochs - 1):
-                rate.calibrate()
+        learning_rate = self._learning_rate(candidate)
+        for epoch in fine_tune(self.task, candidate, self.original, epochs, start, learning_rate, rate):
             halfway = epoch == (epochs + 1) // 2 and epoch < epochs
             yield Rung(epoch, epochs, measure(self.task, candidate.model, "val") if halfway else None)
+        if not rate.factors:
+            rate.calibrate()
         rate.refresh()
         estimate = rate.bytes()
         path = folder / ARTIFACT

@@ -74,9 +74,8 @@ def test_the_rate_model_is_within_three_percent(choice: str) -> None:
     task = small_digits()
     candidate = candidate_of(task, {"1:sparsity": 0.5, **{f"{layer}:weights": choice for layer in "135"}})
     rate = RateModel(candidate)
-    for epoch in fine_tune(task, candidate, task.build(), 4):
-        if epoch == 3:
-            rate.calibrate()
+    for _ in fine_tune(task, candidate, task.build(), 4, rate=rate):
+        pass
     rate.refresh()
     assert rate.bytes() == pytest.approx(len(pack(candidate.weights(), candidate.recipe)), rel=0.03)
 

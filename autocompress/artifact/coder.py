@@ -46,9 +46,8 @@ class Scan(NamedTuple):
 
 # --- tables; the logistic domain is in 1/256 nat ---
 _P_MIN = 16
-_STRETCH_LIMIT = 2047
 _STRETCH = np.array(
-    [max(-_STRETCH_LIMIT, min(2047, round(256 * math.log((i + 0.5) / (4095.5 - i))))) for i in range(4096)], np.int32
+    [max(-2047, min(2047, round(256 * math.log((i + 0.5) / (4095.5 - i))))) for i in range(4096)], np.int32
 )
 _SQUASH = np.array(
     [max(_P_MIN, min(65536 - _P_MIN, round(65536 / (1 + math.exp(-i / 256))))) for i in range(-2048, 2048)], np.int32

@@ -3,9 +3,9 @@
 `l1`, `l2`: norm of all weights that a channel owns over its group (Li et al., Pruning Filters for Efficient
 ConvNets, ICLR 2017; Fang et al., DepGraph, CVPR 2023). `geometric-median`: filters that others can stand in for
 go first (He et al., FPGM, CVPR 2019). `lamp`: norms relative to those that would stay (Lee et al., ICLR 2021).
-`activation`: share of positive outputs of the channel's layer, what a ReLU lets through, ties by their mean (Hu et
-al., Network Trimming, 2016; a norm between the two is not looked through). `kl`: change of the model's output distribution without the channel (Luo
-and Wu, 2020; Molchanov et al., ICLR 2017, measure the loss). `random`: the control.
+`activation`: share of positive outputs of the channel's layer, what a ReLU lets through, ties by their mean
+(Hu et al., Network Trimming, 2016; a norm between the two is not looked through). `kl`: change of the model's
+output distribution without the channel (Luo and Wu, 2020). `random`: the control.
 """
 
 from __future__ import annotations
