@@ -7,6 +7,7 @@ few bits can hold (Krizhevsky, 2010; Choi et al., PACT, 2018). Other files of th
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,12 @@ from autocompress.techniques.base import StructureTechnique, register
 _KEEP = "keep"
 
 
-class FittedActivation(nn.Module):
+class FittedActivation(nn.Module, ABC):
     """An activation whose parameters are set from what it stands in for, and trained further."""
 
+    @abstractmethod
     def fit(self, old: nn.Module, inputs: Tensor) -> None:
         """Set the parameters so that this module does what `old` does on `inputs`, float32 [n]."""
-        raise NotImplementedError
 
 
 _OFFERS: dict[str, tuple[re.Pattern[str], Callable[[str], nn.Module]]] = {}

@@ -102,7 +102,7 @@ def _silence(channel: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
 
 def _channel_dimension(module: nn.Module, output: Tensor) -> int:
     """Linear layers have channels last, convolutions before their places."""
-    return output.ndim - 1 if isinstance(module, nn.Linear) else output.ndim - len(module.kernel_size) - 1  # type: ignore[arg-type]
+    return output.ndim - 1 - (len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0)
 
 
 def _flat(output: Any) -> Tensor:
