@@ -44,7 +44,7 @@ class Sparsity(Masking):
                 f"choice {raw!r} does not exist; give the share of zeros, from 0 to 0.999, "
                 f"a pattern like '2:4' in quotes, or {_THRESHOLD}0.5 (up to 5 standard deviations)"
             )
-        return number_in(raw, 0.0, 0.999, "give the share of zeros,")
+        return number_in(raw, 0.0, 0.999, "give a pattern like '2:4' in quotes, or the share of zeros,")
 
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return [layer.name for layer in anatomy.layers]
