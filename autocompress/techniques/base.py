@@ -11,7 +11,7 @@ which a recipe is applied:
   `coding(masking(w))`, differentiable in `w` and in the learned parameters (straight-through
   estimator, Bengio et al., 2013). The file stores `Coding.encode` of the same function's result, so
   what is simulated and what is stored cannot drift apart.
-- `TrainingTechnique` changes only the fine-tuning.
+- `TrainingTechnique` changes only how a candidate is pruned and fine-tuned.
 
 Several codings share the dimension `weights`: each recognises its own choices.
 """
@@ -169,7 +169,7 @@ class IntegerWeights:
 
 
 class TrainingTechnique(Technique):
-    """Changes how a candidate is fine-tuned, not what it is."""
+    """A choice for the whole model: how a candidate is pruned and fine-tuned, not what its recipe asks of a layer."""
 
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return [MODEL]
