@@ -33,7 +33,6 @@ from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged
 MAGIC = b"\x89ACZ"
 VERSION = 1
 _PREFIX = struct.Struct("<4sBI")
-_MAX_KERNEL = 1 << 16
 _MAX_CONSTANT = 1 << 24
 _MAX_RANK = 8
 _EMPTY = torch.empty(0)
@@ -350,7 +349,7 @@ class _Reader:
             number = self.varint()
             guess.take(place, i, number - 1 if number else guess.size)
         for name, shape in zip(names, guess.shapes, strict=True):
-            if max(shape, default=0) >= 1 << 31 or math.prod(shape) >= 1 << 40 or math.prod(shape[2:]) > _MAX_KERNEL:
+            if max(shape, default=0) >= 1 << 31 or math.prod(shape) >= 1 << 40:
                 raise self.broken(f"tensor {name!r} has an impossible shape")
         return [tuple(shape) for shape in guess.shapes]
 

@@ -74,6 +74,14 @@ def test_round_trip(written: dict[str, Plan], recipe: Recipe) -> None:
     assert artifact.header_bytes + sum(t.size_bytes for t in artifact.tensors.values()) == len(data)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 300, 300), (2, 3, 70_000), (1, 100_000), (100_000, 1)])
+def test_long_kernels_and_rows_come_back(shape: tuple[int, ...]) -> None:
+    """Positions of a transformer, filters in the Fourier domain: no shape that is written is refused."""
+    torch.manual_seed(0)
+    written = plan(torch.randn(shape) * (torch.rand(shape) < 0.02), "int4")
+    assert torch.equal(decode_artifact(encode_artifact({"w": written}, Recipe())).tensors["w"].value, decoded(written))
+
+
 def sample() -> bytes:
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3)
