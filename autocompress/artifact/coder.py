@@ -194,7 +194,10 @@ class CoderState:
         return int(self.range[4] + self.range[3])
 
     def finish(self) -> bytes:
-        """The stream, cut after the last byte that matters; the reader continues with zeros."""
+        """The stream without the zeros of its last four bytes; the reader continues with zeros.
+
+        No more are cut: a reader must be able to tell such an end from a stream that has run dry.
+        """
         low, width = int(self.range[0]), int(self.range[1])
         for bits in range(32, -1, -1):
             value = (low + (1 << bits) - 1) >> bits << bits
@@ -204,7 +207,8 @@ class CoderState:
         self._make_room(16)
         for _ in range(5):
             _shift_low(self.range, self.buffer)
-        return self.buffer[1 : int(self.range[4])].tobytes().rstrip(b"\0")
+        stream = self.buffer[1 : int(self.range[4])].tobytes()
+        return stream[: max(len(stream.rstrip(b"\0")), len(stream) - 4)]
 
 
 @njit(cache=True)

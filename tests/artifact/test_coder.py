@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -49,6 +49,7 @@ def test_integers_of_sixteen_bits_come_back(values: Array) -> None:
     hnp.arrays(np.int32, st.tuples(st.integers(1, 8), st.integers(1, 30)), elements=st.integers(0, 2**31 - 1)),
     st.sampled_from([(5, 10), (8, 7), (8, 3), (8, 5)]),
 )
+@example(np.full((1, 40), 65535, np.int32), (5, 10))  # codes to nothing but zero bytes
 def test_float_patterns_come_back(values: Array, layout: tuple[int, int]) -> None:
     values = values & ((1 << (1 + sum(layout))) - 1)
     assert np.array_equal(decode(encode(values, Scan(), *layout), values.shape, Scan(), *layout), values)
