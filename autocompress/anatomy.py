@@ -14,6 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from autocompress.replacement import Dropped, Replacement, channel_makers
 from autocompress.surgery import owners, resizable
 
 MIN_WEIGHTS = 16
@@ -44,20 +45,25 @@ Run = Callable[[nn.Module], Any]
 """Runs a model on a calibration batch and returns its output."""
 
 
+Memberships = tuple[tuple[str, float], ...]
+"""(channel group, its part of a dimension of a tensor), for each dimension that it changes."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One weight tensor of two or more dimensions.
 
     name: `conv1` for `conv1.weight`, the whole parameter name for others (`lstm.weight_ih_l0`).
     parameter: its first name in the model. shape: as stored. kind: class of the layer that holds it.
-    groups: channel groups that change its shape (one may be named twice).
+    groups: channel groups that change its shape (one may be named twice), each with its part of the
+    dimension that it changes: 1 but for concatenated channels.
     """
 
     name: str
     parameter: str
     shape: tuple[int, ...]
     kind: str
-    groups: tuple[str, ...] = ()
+    groups: Memberships = ()
 
     @property
     def numel(self) -> int:
@@ -74,10 +80,28 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A module that another can stand in for: it runs once, from one tensor to one tensor.
+
+    name: "" is the whole model. kind: its class. layers: those inside. inner: channel groups that no one
+    outside sees. droppable: the model runs without it, however its channels are pruned. grouped: it is a
+    convolution of several groups.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    inner: tuple[str, ...] = ()
+    droppable: bool = False
+    grouped: bool = False
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of a model that techniques can act on.
 
-    vectors: (elements, channel groups) of each remaining tensor (biases, norms).
+    blocks: modules that can be replaced, the whole model first. vectors: (elements, channel groups) of each
+    remaining tensor (biases, norms).
     inputs: layers whose first input is a float tensor: there activations can be quantised.
     activations: name -> class of the activation modules.
     left_alone: what could not be analysed -> why, for the user to read.
@@ -87,7 +111,8 @@ class Anatomy:
     groups: tuple[ChannelGroup, ...]
     activations: dict[str, str]
     inputs: tuple[str, ...]
-    vectors: tuple[tuple[int, tuple[str, ...]], ...]
+    vectors: tuple[tuple[int, Memberships], ...]
+    blocks: tuple[Block, ...] = ()
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def layer(self, name: str) -> Layer:
@@ -102,7 +127,7 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
     """Read the parts of `model`; `run(model)` runs it on one batch. The model is not changed."""
     model = copy.deepcopy(model).eval()
     left_alone: dict[str, str] = {}
-    groups, touched = _channel_groups(model, run, left_alone)
+    groups, touched, steady = _channel_groups(model, run, left_alone)
     layers = []
     vectors = []
     for key, places in owners(model).items():
@@ -118,7 +143,8 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
         elif tensor.is_floating_point():
             vectors.append((tensor.numel(), tuple(touched.get(key, ()))))
     inputs, activations = _seen_in_forward(model, run, {layer.parameter for layer in layers})
-    return Anatomy(tuple(layers), groups, activations, inputs, tuple(vectors), left_alone)
+    blocks = tuple(_blocks(model, run, layers, groups, steady))
+    return Anatomy(tuple(layers), groups, activations, inputs, tuple(vectors), blocks, left_alone)
 
 
 def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -149,6 +175,81 @@ def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tup
     return tuple(sorted(inputs, key=order.index)), dict(sorted(activations.items(), key=lambda a: order.index(a[0])))
 
 
+# ------------------------------------------------------------------ blocks
+
+
+def _blocks(
+    model: nn.Module, run: Run, layers: list[Layer], groups: tuple[ChannelGroup, ...], steady: set[str]
+) -> Iterator[Block]:
+    """Modules with layers inside; those that share a weight with another are none."""
+    expected = _shape_of(run(model))
+    tied = [{id(module) for module, _ in places} for places in owners(model).values() if len(places) > 1]
+    for name in _tensor_to_tensor(model, run):
+        module = model.get_submodule(name)
+        prefix = f"{name}." if name else ""
+        inside = tuple(layer.name for layer in layers if layer.name == name or layer.name.startswith(prefix))
+        own = {id(part) for part in module.modules()}
+        if not inside or any(places & own and places - own for places in tied):
+            continue
+        if name and not _runs_with(model, name, _Wrapped(module), run, expected):
+            continue
+        inner = tuple(
+            group.name for group in groups if not name or all(member.startswith(prefix) for member in group.members)
+        )
+        droppable = bool(name) and name in steady and _runs_with(model, name, Dropped(), run, expected)
+        grouped = getattr(module, "groups", 1) != 1
+        yield Block(name, type(module).__name__, inside, inner, droppable, grouped)
+
+
+class _Wrapped(Replacement):
+    """A module that is only called, and hides what it is made of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.part = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.part(*args, **kwargs)
+
+
+def _runs_with(model: nn.Module, name: str, module: nn.Module, run: Run, expected: Any) -> bool:
+    """Whether the model gives outputs of the same shape with `module` in place of the one named."""
+    old = model.get_submodule(name)
+    model.set_submodule(name, module.eval())
+    try:
+        with torch.no_grad():
+            return bool(_shape_of(run(model)) == expected)
+    except Exception:  # whatever a model does when a part is missing: it needs the part
+        return False
+    finally:
+        model.set_submodule(name, old)
+
+
+def _tensor_to_tensor(model: nn.Module, run: Run) -> dict[str, bool]:
+    """Modules that run once and make one float tensor of another -> whether both have one shape."""
+    calls: dict[str, list[bool | None]] = {}
+    handles = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tensors = isinstance(output, Tensor) and bool(args) and isinstance(args[0], Tensor)
+            calls.setdefault(name, []).append(args[0].shape == output.shape if tensors else None)
+
+        return hook
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_hook(watch(name)))
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [name for name, _ in model.named_modules()]
+    once = {name: seen[0] for name, seen in calls.items() if len(seen) == 1 and (seen[0] is not None or not name)}
+    return {name: bool(once[name]) for name in sorted(once, key=order.index)}
+
+
 # ------------------------------------------------------------------ channel groups
 
 
@@ -173,7 +274,7 @@ class ChannelGraph:
             self._graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=None, forward_fn=lambda module, _: run(module)
             )
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
         for group in self._all_groups():
@@ -247,36 +348,41 @@ def _shape_of(output: Any) -> Any:
 
 def _channel_groups(
     original: nn.Module, run: Run, left_alone: dict[str, str]
-) -> tuple[tuple[ChannelGroup, ...], dict[str, list[str]]]:
-    """The groups that were tried: one channel removed, the model runs, its output keeps its shape."""
+) -> tuple[tuple[ChannelGroup, ...], dict[str, list[tuple[str, float]]], set[str]]:
+    """The groups that were tried: one channel removed, the model runs, its output keeps its shape.
+
+    Also the groups that touch each tensor, and the blocks that keep the shape of their input all the while.
+    """
     try:
         with torch.no_grad():
             expected = _shape_of(run(original))
+        whole = {key: tuple(getattr(*p[0]).shape) for key, p in owners(original).items()}
         groups: dict[str, ChannelGroup]
-        touched: dict[str, list[str]]
-        refused: set[str] = set()
+        touched: dict[str, list[tuple[str, float]]]
+        refused, steady = set[str](), set[str]()
         while True:
             trial = copy.deepcopy(original)
             graph = ChannelGraph(trial, run)
             left_alone.update(graph.refused)
             failed = None
             groups, touched = {}, {}
+            steady = {name for name, same in _tensor_to_tensor(trial, run).items() if same}
             for name in graph.groups:
                 if name in refused or graph.channels(name) < 2:
                     continue
-                failed = _try_group(graph, name, run, expected, groups, touched)
+                failed = _try_group(graph, name, run, expected, groups, touched, whole, steady)
                 if failed:
                     refused.add(name)
                     left_alone[name] = failed
                     break
             if not failed:
                 order = list(graph.names.values())
-                return tuple(sorted(groups.values(), key=lambda g: order.index(g.name))), touched
+                return tuple(sorted(groups.values(), key=lambda g: order.index(g.name))), touched, steady
     except Exception as error:  # the graph cannot follow this model: compress it without channel pruning
         left_alone["channels"] = (
             f"the model cannot be traced for channel pruning: {str(error).splitlines()[0] if str(error) else error!r}"
         )
-        return (), {}
+        return (), {}, {name for name, same in _tensor_to_tensor(original, run).items() if same}
 
 
 def _try_group(
@@ -285,7 +391,9 @@ def _try_group(
     run: Run,
     expected: Any,
     groups: dict[str, ChannelGroup],
-    touched: dict[str, list[str]],
+    touched: dict[str, list[tuple[str, float]]],
+    whole: dict[str, tuple[int, ...]],
+    steady: set[str],
 ) -> str:
     count = graph.channels(name)
     before = {key: tuple(getattr(*p[0]).shape) for key, p in owners(graph.model).items()}
@@ -293,15 +401,16 @@ def _try_group(
         graph.remove(name, [0])
         with torch.no_grad():
             got = _shape_of(run(graph.model))
+        steady.intersection_update(name for name, same in _tensor_to_tensor(graph.model, run).items() if same)
     except Exception as error:
         return f"the model does not run without one of its channels: {str(error).splitlines()[0]}"
     if got != expected:
         return "its channels are outputs of the model"
     for key, places in owners(graph.model).items():
         shape = tuple(getattr(*places[0]).shape)
-        for old, new in zip(before[key], shape, strict=True):
+        for old, new, size in zip(before[key], shape, whole[key], strict=True):
             if old != new:
-                touched.setdefault(key, []).append(name)
+                touched.setdefault(key, []).append((name, (old - new) * count / size))
     members = tuple(dict.fromkeys(member for member, _ in graph.members(name)))
     groups[name] = ChannelGroup(name, count, members)
     return ""

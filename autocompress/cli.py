@@ -287,7 +287,7 @@ def inspect(
             layer.kind,
             shape,
             f"{layer.numel:,}",
-            ", ".join(dict.fromkeys(layer.groups)),
+            ", ".join(dict(layer.groups)),
         )
     out.print(layers)
     groups = Table(

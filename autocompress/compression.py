@@ -8,15 +8,19 @@ recurrent layers, tied weights, functional calls.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Layer, Run
+from autocompress.anatomy import Anatomy, Run, layer_name
 from autocompress.artifact import Weights
+from autocompress.artifact.container import Plan
 from autocompress.recipe import MODEL, Choice, Recipe
+from autocompress.replacement import original_names
+from autocompress.space import without_void
 from autocompress.surgery import assign, owners, tensors
 from autocompress.techniques.base import Coding, coding_of, maskings, structures
 from autocompress.techniques.channels import kept_channels
@@ -26,9 +30,13 @@ _STEP = "autocompress.parameters/"
 
 @dataclass
 class ShadowedLayer:
-    """One layer: its parameter in the model, the dense weight behind, mask and coding."""
+    """One weight: its parameter in the model, the dense weight behind, mask and coding.
 
-    layer: Layer
+    site: the layer of the original that it is, or is a part of. key: its first name in the model.
+    """
+
+    site: str
+    key: str
     parameter: nn.Parameter
     dense: Tensor
     choice: Choice
@@ -48,47 +56,56 @@ class ShadowedLayer:
 class Candidate:
     """A model compressed by a recipe, ready to be fine-tuned, stored or probed.
 
-    `state` is a parent's `state()`, or None to start from the original model; the structure of the
-    parent may only be larger.
+    `state` is a parent's `state()` and `parent_recipe` its recipe; without, the candidate starts from the
+    original model. The structure of the parent may only be larger.
     """
 
     def __init__(
-        self, original: nn.Module, anatomy: Anatomy, recipe: Recipe, run: Run, state: Mapping[str, Tensor] | None = None
+        self,
+        original: nn.Module,
+        anatomy: Anatomy,
+        recipe: Recipe,
+        run: Run,
+        state: Mapping[str, Tensor] | None = None,
+        parent_recipe: Recipe | None = None,
     ) -> None:
-        import copy
-
+        recipe = Recipe.of(without_void(recipe.as_dict()))
         self.anatomy, self.recipe, self.run = anatomy, recipe, run
-        self.model = copy.deepcopy(original).eval()
+        model = copy.deepcopy(original).eval()
         parent = dict(state or {})
         learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}
         choices = {k.rpartition("|")[0]: k.rpartition("|")[2] for k in learned}
         options = {dimension: choice for site, dimension, choice in recipe if site == MODEL}
-        for name, structure in structures().items():
-            chosen = recipe.dimension(name)
-            if name == "channels":
-                chosen = {
-                    g.name: kept_channels(g.channels, float(chosen[g.name])) for g in anatomy.groups if g.name in chosen
-                }
-                if parent:
-                    _assign_known(self.model, parent)
-            structure.apply(self.model, chosen, run, options)
         if parent:
-            _assign_known(self.model, parent)
-        places = owners(self.model)
+            for name, structure in structures().items():
+                if structure.permanent and parent_recipe is not None:
+                    model = structure.restore(model, parent_recipe.dimension(name))
+            _assign_known(model, parent)
+        for name, structure in structures().items():
+            model = structure.apply(model, counted(recipe.dimension(name), name, anatomy), run, options)
+        if parent:
+            _assign_known(model, parent)
+        self.model = model
         self.layers: dict[str, ShadowedLayer] = {}
-        for layer in anatomy.layers:
-            parameter = getattr(*places[layer.parameter][0])
-            choice = recipe.get(layer.name, "weights", "float32")
+        for key, site in self._weights():
+            parameter = getattr(*owners(model)[key][0])
+            choice = recipe.get(site, "weights", "float32")
             assert choice is not None
             coding = coding_of(choice)
             dense = parameter.detach().float().clone()
-            shadow = ShadowedLayer(layer, parameter, dense, choice, coding, torch.empty(0))
-            self.layers[layer.name] = shadow
-            self.set_masks([layer.name])
-            known = learned.get(f"{layer.name}|{choice}") if choices.get(layer.name) == choice else None
+            shadow = ShadowedLayer(site, key, parameter, dense, choice, coding, torch.empty(0))
+            name = layer_name(key)
+            self.layers[name] = shadow
+            self.set_masks([name])
+            known = learned.get(f"{name}|{choice}") if choices.get(name) == choice else None
             fits = known is not None and len(known) == coding.parameters(choice, tuple(dense.shape))
             shadow.learned = known.clone() if known is not None and fits else coding.initial(shadow.masked(), choice)
             shadow.learned = shadow.learned.to(dense.device)
+
+    def _weights(self) -> list[tuple[str, str]]:
+        """(name of the tensor, site) of all weights that are layers of the original, or parts of one."""
+        sites = {layer.parameter: layer.name for layer in self.anatomy.layers}
+        return [(key, sites[name]) for key, name in original_names(self.model).items() if name in sites]
 
     def set_masks(
         self,
@@ -100,13 +117,13 @@ class Candidate:
         for name in self.layers if names is None else names:
             shadow = self.layers[name]
             for dimension, masking in maskings().items():
-                target = self.recipe.get(name, dimension, masking.default)
+                target = self.recipe.get(shadow.site, dimension, masking.default)
                 assert target is not None
                 if target == masking.default:
                     shadow.mask = None
                     continue
                 if share < 1 and isinstance(target, float):
-                    first = min((start or {}).get(name, 0.0), target)
+                    first = min((start or {}).get(shadow.site, 0.0), target)
                     target = first + (target - first) * share
                 shadow.mask = masking.mask(shadow.dense, target)
 
@@ -153,17 +170,24 @@ class Candidate:
     def weights(self) -> Weights:
         """What the file stores."""
         self.materialise()
-        masked = {name: shadow.masked().detach() for name, shadow in self.layers.items()}
-        return Weights(self.model, masked, {n: s.learned.detach() for n, s in self.layers.items()})
+        plans = {s.key: Plan(s.masked().detach(), s.choice, s.learned.detach()) for s in self.layers.values()}
+        return Weights(self.model, plans)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a child needs to go on from here: dense weights, norms, learned parameters."""
         state = tensors(self.model)
         for name, shadow in self.layers.items():
-            state[shadow.layer.parameter] = shadow.dense.detach()
+            state[shadow.key] = shadow.dense.detach()
             if shadow.learned.numel():
                 state[f"{_STEP}{name}|{shadow.choice}"] = shadow.learned.detach()
         return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+
+
+def counted(chosen: Mapping[str, Choice], dimension: str, anatomy: Anatomy) -> dict[str, Choice]:
+    """Shares of channels as numbers of channels, which also fit a pruned model; other choices as they are."""
+    if dimension != "channels":
+        return dict(chosen)
+    return {g.name: kept_channels(g.channels, float(chosen[g.name])) for g in anatomy.groups if g.name in chosen}
 
 
 def _assign_known(model: nn.Module, state: Mapping[str, Tensor]) -> None:

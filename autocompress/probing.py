@@ -16,13 +16,13 @@ from autocompress.artifact.coder import CoderState
 from autocompress.artifact.codes import write_codes
 from autocompress.artifact.container import Codes, Plan, decode_artifact, decoded, encode_artifact
 from autocompress.artifact.pack import fold_norms, plans, with_statistics
-from autocompress.compression import Candidate, ShadowedLayer
+from autocompress.compression import Candidate, ShadowedLayer, counted
 from autocompress.recipe import MODEL, Choice, Recipe
-from autocompress.space import BoundSpace
+from autocompress.replacement import original_names
+from autocompress.space import BoundSpace, without_void
 from autocompress.surgery import assign
 from autocompress.task import Task, batch_size
 from autocompress.techniques.base import coding_of, maskings, structures, trainings
-from autocompress.techniques.channels import kept_channels
 from autocompress.training import divergence
 
 SAMPLE = 4096
@@ -57,9 +57,12 @@ class Prober:
         candidate.materialise()
         here = self.distance(candidate.model)
         out: dict[str, dict[str, float]] = {}
+        present_choices = candidate.recipe.as_dict()
         for key, choices in wanted.items():
             site, _, dimension = key.rpartition(":")
-            present = candidate.recipe.as_dict().get(key)
+            present = present_choices.get(key)
+            if key not in without_void({**present_choices, key: choices[0]}):
+                continue
             for choice in choices:
                 rise = 0.0 if choice == present else self._distance_with(candidate, site, dimension, choice) - here
                 out.setdefault(key, {})[str(choice)] = max(0.0, rise)
@@ -67,13 +70,15 @@ class Prober:
 
     def _distance_with(self, candidate: Candidate, site: str, dimension: str, choice: Choice) -> float:
         if dimension == "weights" or dimension in maskings():
-            shadow = candidate.layers[site]
-            shadow.parameter.data.copy_(_stored(shadow, dimension, choice))
+            shadows = [shadow for shadow in candidate.layers.values() if shadow.site == site]
+            for shadow in shadows:
+                shadow.parameter.data.copy_(_stored(shadow, dimension, choice))
             try:
                 return self.distance(candidate.model)
             finally:
                 with torch.no_grad():
-                    shadow.parameter.data.copy_(shadow.effective())
+                    for shadow in shadows:
+                        shadow.parameter.data.copy_(shadow.effective())
         if dimension == "vectors":
             model = copy.deepcopy(candidate.model)
             stored = _vector_plans(candidate, choice)
@@ -81,14 +86,14 @@ class Prober:
             assign(model, with_statistics(model, folded))
             return self.distance(model)
         if dimension in structures():
-            model = copy.deepcopy(candidate.model)
-            chosen: Choice = choice
-            if dimension == "channels":
-                group = next(group for group in candidate.anatomy.groups if group.name == site)
-                chosen = kept_channels(group.channels, float(choice))
-            structures()[dimension].apply(model, {site: chosen}, candidate.run)
-            return self.distance(model)
+            return self.distance(rebuilt(candidate, site, dimension, choice))
         return self.distance(candidate.model)
+
+
+def rebuilt(candidate: Candidate, site: str, dimension: str, choice: Choice) -> nn.Module:
+    """A copy of the candidate's model with one more choice of structure."""
+    chosen = counted({site: choice}, dimension, candidate.anatomy)
+    return structures()[dimension].apply(copy.deepcopy(candidate.model), chosen, candidate.run)
 
 
 @contextmanager
@@ -151,6 +156,29 @@ def layer_bytes(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str, 
     return table
 
 
+def weights_left(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str, dict[str, float]]]:
+    """Share of the weights of each layer that a choice of structure leaves, where it is not all of them.
+
+    key -> str(choice) -> layer -> share; channels are left out, their shares multiply.
+    """
+    whole = {layer.name: layer.numel for layer in candidate.anatomy.layers}
+    sites = {layer.parameter: layer.name for layer in candidate.anatomy.layers}
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for dimension in space:
+        technique = structures().get(dimension.name)
+        if technique is None or not technique.permanent or dimension.name == "channels":
+            continue
+        for choice in dimension.choices:
+            left = dict.fromkeys(whole, 0)
+            model = rebuilt(candidate, dimension.site, dimension.name, choice)
+            for key, name in original_names(model).items():
+                if name in sites:
+                    left[sites[name]] += model.get_parameter(key).numel()
+            changed = {name: count / whole[name] for name, count in left.items() if count != whole[name]}
+            out.setdefault(dimension.key, {})[str(choice)] = changed
+    return out
+
+
 def coded_bytes(codes: Codes, exponent: int, mantissa: int) -> int:
     """Bytes of the entropy-coded stream of these codes alone."""
     state = CoderState()
@@ -160,9 +188,9 @@ def coded_bytes(codes: Codes, exponent: int, mantissa: int) -> int:
 
 def _vector_plans(candidate: Candidate, choice: Choice) -> dict[str, Plan]:
     """How everything that is not a layer would be stored."""
-    layers = {layer.parameter for layer in candidate.anatomy.layers}
+    weights = candidate.weights()
     recipe = Recipe.of(candidate.recipe.as_dict() | {f"{MODEL}:vectors": choice})
-    return {name: plan for name, plan in plans(candidate.weights(), recipe).items() if name not in layers}
+    return {name: plan for name, plan in plans(weights, recipe).items() if name not in weights.layers}
 
 
 def vector_bytes(candidate: Candidate, space: BoundSpace) -> tuple[dict[str, float], float]:

@@ -49,7 +49,7 @@ class RateModel:
         artifact = decode_artifact(pack(self.candidate.weights(), self.candidate.recipe))
         self.fixed_bytes = float(artifact.size_bytes)
         for name, shadow in self.candidate.layers.items():
-            spent = artifact.tensors[shadow.layer.parameter].size_bytes
+            spent = artifact.tensors[shadow.key].size_bytes
             self.fixed_bytes -= spent
             self.factors[name] = 8 * spent / max(float(self._entropy(name)), 1.0)
 

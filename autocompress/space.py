@@ -42,6 +42,12 @@ class Dimension(Protocol):
     def available(self, choice: Choice) -> bool:
         """Whether this machine can do it."""
 
+    def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
+        """Whether this part of the model can have it."""
+
+    def voids(self, choice: Choice, site: str, dimension: str, other: str) -> bool:
+        """Whether `choice` at `site` leaves nothing to choose in `dimension` at `other`."""
+
 
 _DIMENSIONS: dict[str, Dimension] = {}
 
@@ -53,6 +59,21 @@ def register_dimension(dimension: Dimension) -> None:
 def dimensions() -> Mapping[str, Dimension]:
     """All dimensions by name, in the order in which they are applied."""
     return _DIMENSIONS
+
+
+def without_void(chosen: Mapping[str, Choice]) -> dict[str, Choice]:
+    """`chosen` (key -> choice) without what other choices leave no room for: a dropped layer has none."""
+    left: list[tuple[str, str, Choice]] = []
+    made = [(key.rpartition(":")[0], key.rpartition(":")[2], choice) for key, choice in chosen.items()]
+    for at, by, choice in sorted(made, key=lambda one: (one[0] != MODEL, len(one[0]))):  # from the outside in
+        if not any(_DIMENSIONS[name].voids(other, site, by, at) for site, name, other in left):
+            left.append((at, by, choice))
+    kept = {
+        f"{site}:{name}"
+        for site, name, choice in left
+        if not any(_DIMENSIONS[by].voids(other, at, name, site) for at, by, other in left)
+    }
+    return {key: choice for key, choice in chosen.items() if key in kept}
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,7 @@ class BoundSpace:
         return sum(math.log10(len(dimension.choices)) for dimension in self.dimensions)
 
     def recipe(self, chosen: Mapping[str, Choice]) -> Recipe:
-        """The recipe with `chosen` (key -> choice); choices that change nothing are left out.
+        """The recipe with `chosen` (key -> choice); choices that change nothing are left out, void ones too.
 
         Raises RecipeError for a key or a choice that is not in the space.
         """
@@ -101,7 +122,7 @@ class BoundSpace:
                 raise RecipeError(f"{key} offers {offered}, not {choice!r}")
             if choice != known[key].default:
                 kept[key] = choice
-        return Recipe.of(kept)
+        return Recipe.of(without_void(kept))
 
     def complete(self, recipe: Recipe) -> dict[str, Choice]:
         """key -> choice for every dimension, filling in what the recipe leaves as it is."""
@@ -174,8 +195,8 @@ class SearchSpace:
                 for pattern, named in self.rules:
                     if site != MODEL and name in named and fnmatchcase(site, pattern):
                         choices = named[name]
-                choices = tuple(choice for choice in choices if dimension.available(choice))
-                if choices:
+                choices = tuple(c for c in choices if dimension.available(c) and dimension.fits(c, site, anatomy))
+                if choices and choices != (dimension.default,):
                     bound.append(BoundDimension(site, name, choices, dimension.default))
         if not bound:
             raise SpaceError(f"space {self.name!r} offers nothing for this model: it has no layer that it can compress")

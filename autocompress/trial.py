@@ -20,7 +20,7 @@ import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.artifact import pack, read_artifact, unpack, write_file
 from autocompress.compression import Candidate
-from autocompress.probing import Prober, layer_bytes, vector_bytes, wanted_choices
+from autocompress.probing import Prober, layer_bytes, vector_bytes, wanted_choices, weights_left
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace
@@ -133,6 +133,7 @@ class Workshop:
         return {
             "effects": self.prober.effects(candidate, wanted_choices(self.space)),
             "layer_bytes": layer_bytes(candidate, self.space),
+            "weights_left": weights_left(candidate, self.space),
             "vector_bytes": vectors,
             "header_bytes": header,
         }
@@ -144,14 +145,14 @@ class Workshop:
         folder = self.trial_folder(spec.number)
         recipe = Recipe.from_json(spec.recipe)
         write_file(folder / RECIPE, json.dumps(spec.recipe, indent=1).encode())
-        state, start = None, None
+        state, start, parent_recipe = None, None, None
         if spec.parent is not None:
             parent = self.trial_folder(spec.parent)
             state = load_file(parent / CHECKPOINT, device=str(self.device))
             parent_recipe = Recipe.from_json(json.loads((parent / RECIPE).read_text()))
             shares = parent_recipe.dimension("sparsity").items()
             start = {site: share for site, share in shares if isinstance(share, float)}
-        candidate = Candidate(self.original, self.anatomy, recipe, self.run_once, state)
+        candidate = Candidate(self.original, self.anatomy, recipe, self.run_once, state, parent_recipe)
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
         learning_rate = self._learning_rate(candidate)
@@ -185,7 +186,7 @@ class Workshop:
         present = self.space.complete(recipe)
         out = {}
         for dimension in self.space:
-            if dimension.name in ("weights", "sparsity", "channels"):
+            if dimension.name in ("weights", "sparsity", "channels", "structure"):
                 at = (
                     dimension.choices.index(present[dimension.key])
                     if present[dimension.key] in dimension.choices

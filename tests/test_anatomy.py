@@ -44,12 +44,14 @@ def test_every_group_can_be_removed(any_task: Task) -> None:
 def test_groups_of_a_residual_net_share_the_trunk() -> None:
     anatomy = anatomy_of(zoo_task("residual"))
     assert [(g.name, g.channels) for g in anatomy.groups] == [("stem.0", 8), ("conv1", 8)]
-    assert set(anatomy.layer("conv2").groups) == {"stem.0", "conv1"}
+    assert dict(anatomy.layer("conv2").groups) == {"stem.0": 1, "conv1": 1}
     assert anatomy.left_alone == {"head": "its channels are outputs of the model"}
 
 
 def test_concatenated_channels_of_a_unet_are_separate_groups() -> None:
-    names = {g.name for g in anatomy_of(zoo_task("unet")).groups}
+    anatomy = anatomy_of(zoo_task("unet"))
+    names = {g.name for g in anatomy.groups}
+    assert dict(anatomy.layer("join.0").groups) == {"down1.0": 0.5, "up": 0.5, "join.0": 1}
     assert {"down1.0", "up"} <= names
 
 

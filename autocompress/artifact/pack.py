@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import layer_name
 from autocompress.artifact.container import (
     Artifact,
     Plan,
@@ -20,7 +19,7 @@ from autocompress.artifact.container import (
     read_artifact,
 )
 from autocompress.errors import ArtifactError
-from autocompress.recipe import MODEL, Choice, Recipe
+from autocompress.recipe import MODEL, Recipe
 from autocompress.surgery import assign, tensors
 from autocompress.techniques.base import coding_of, structures
 
@@ -31,15 +30,13 @@ SMALL_VECTOR = 8
 
 @dataclass(frozen=True)
 class Weights:
-    """What fine-tuning leaves behind: a model whose tensors are float32, and how to store them.
+    """What fine-tuning leaves behind: a model whose tensors are float32, and how to store its layers.
 
-    masked: layer -> its float32 weight with pruned weights at zero. parameters: layer -> learned
-    parameters of its coding.
+    layers: name of a weight -> its plan, with pruned weights at zero.
     """
 
     model: nn.Module
-    masked: Mapping[str, Tensor] = field(default_factory=dict)
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: Mapping[str, Plan] = field(default_factory=dict)
 
 
 def fold_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -84,16 +81,13 @@ def _norms(model: nn.Module) -> list[tuple[str, nn.modules.batchnorm._BatchNorm]
 
 
 def plans(weights: Weights, recipe: Recipe) -> dict[str, Plan]:
-    """How each tensor of a compressed model is stored: layers by their own choice, the rest by `vectors`."""
-    chosen = recipe.dimension("weights")
+    """How each tensor of a compressed model is stored: layers by their own plan, the rest by `vectors`."""
     vectors = recipe.get(MODEL, "vectors", "float32")
     assert vectors is not None
     out = {}
     for name, value in fold_norms(weights.model).items():
-        layer = layer_name(name)
-        if layer in weights.masked:
-            choice: Choice = chosen.get(layer, "float32")
-            out[name] = Plan(weights.masked[layer], choice, weights.parameters.get(layer, torch.empty(0)))
+        if name in weights.layers:
+            out[name] = weights.layers[name]
         elif value.is_floating_point() and value.numel() >= SMALL_VECTOR:
             out[name] = Plan(value, vectors, coding_of(vectors).initial(value, vectors))
         else:
@@ -121,7 +115,7 @@ def unpack(artifact: Artifact | bytes, model: nn.Module | Callable[[], nn.Module
     fresh = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     for name, structure in structures().items():
         try:
-            structure.restore(fresh, artifact.recipe.dimension(name))
+            fresh = structure.restore(fresh, artifact.recipe.dimension(name))
         except AttributeError as error:
             raise ArtifactError(f"the model has no part as in the file ({error}): another architecture") from error
     assign(fresh, with_statistics(fresh, {name: tensor.value for name, tensor in artifact.tensors.items()}))

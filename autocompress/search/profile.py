@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autocompress.anatomy import Anatomy
+from autocompress.anatomy import Anatomy, Memberships
 from autocompress.recipe import MODEL, Choice
 from autocompress.space import BoundDimension, BoundSpace
+from autocompress.techniques.base import structures
 
 Chosen = Mapping[str, Choice]
 """key ("site:dimension") -> choice, complete: one for every dimension of the space."""
@@ -16,12 +17,14 @@ Chosen = Mapping[str, Choice]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """numel: weights of the layer. groups: channel groups that scale it. keys: dimensions of its bytes."""
+    """groups: keys of channel groups that scale it. keys: dimensions that its bytes were measured for.
+    left: key of a structure -> str(choice) -> share of its weights that this leaves."""
 
     name: str
-    groups: tuple[str, ...]
+    groups: Memberships
     keys: tuple[str, ...]
     table: Mapping[str, float]
+    left: Mapping[str, Mapping[str, float]]
 
 
 class Profile:
@@ -42,23 +45,26 @@ class Profile:
         self.layers: dict[str, LayerCost] = {}
         for layer in anatomy.layers:
             # the order of the keys is the order in which the table was measured
-            keys = tuple(
-                d.key
-                for d in space
-                if d.site == layer.name and d.name not in ("channels", "activation_bits", "activation")
-            )
-            groups = tuple(f"{g}:channels" for g in layer.groups if g in grouped)
-            self.layers[layer.name] = LayerCost(layer.name, groups, keys, measured["layer_bytes"][layer.name])
+            keys = tuple(d.key for d in space if d.site == layer.name and d.name not in structures())
+            groups = tuple((f"{group}:channels", part) for group, part in layer.groups if group in grouped)
+            left = {
+                key: {choice: shares.get(layer.name, 1.0) for choice, shares in choices.items()}
+                for key, choices in measured["weights_left"].items()
+                if any(layer.name in shares for shares in choices.values())
+            }
+            self.layers[layer.name] = LayerCost(layer.name, groups, keys, measured["layer_bytes"][layer.name], left)
         self.touches: dict[str, list[str]] = {d.key: [] for d in space}
         for cost in self.layers.values():
-            for key in {*cost.keys, *cost.groups}:
+            for key in {*cost.keys, *dict(cost.groups), *cost.left}:
                 self.touches[key].append(cost.name)
 
     def layer_bytes(self, name: str, chosen: Chosen) -> float:
         cost = self.layers[name]
         size = cost.table["|".join(str(chosen[key]) for key in cost.keys)]
-        for key in cost.groups:
-            size *= float(chosen[key])
+        for key, part in cost.groups:
+            size *= 1 - part * (1 - float(chosen[key]))
+        for key, shares in cost.left.items():
+            size *= shares[str(chosen[key])]
         return size
 
     def vector_bytes(self, chosen: Chosen) -> float:
@@ -67,8 +73,8 @@ class Profile:
         kept = 0.0
         for count, groups in self._vectors:
             share = 1.0
-            for group in groups:
-                share *= float(chosen.get(f"{group}:channels", 1.0))
+            for group, part in groups:
+                share *= 1 - part * (1 - float(chosen.get(f"{group}:channels", 1.0)))
             kept += count * share
         return size * kept / self._vector_total
 

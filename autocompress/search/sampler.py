@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -27,8 +28,8 @@ from autocompress.front import non_dominated
 from autocompress.recipe import Choice
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
-from autocompress.space import BoundDimension
-from autocompress.techniques.base import trainings
+from autocompress.space import BoundDimension, without_void
+from autocompress.techniques.base import structures, trainings
 
 WALK, POLISH = 0.5, 0.85
 """Shares of the budget at which the walk ends and polishing begins."""
@@ -48,6 +49,20 @@ class Point:
         self.accuracy: float = trial.values[1]
         self.effects: dict[str, dict[str, float]] = trial.user_attrs.get("effects", {})
         self.parent: int | None = trial.user_attrs.get("parent")
+
+    @cached_property
+    def rebuilt(self) -> list[tuple[str, str]]:
+        """(dimension, site) of what was rebuilt for good in ways that shapes alone do not tell."""
+        made = [
+            (key.rpartition(":")[2], key.rpartition(":")[0], choice)
+            for key, choice in without_void(self.chosen).items()
+        ]
+        known = structures()
+        return [
+            (name, site)
+            for name, site, choice in made
+            if name in known and known[name].permanent and known[name].restores and choice != known[name].default
+        ]
 
 
 class FrontierSampler(BaseSampler):
@@ -190,12 +205,10 @@ class FrontierSampler(BaseSampler):
         sites = {key.rpartition(":")[0] for key in self.dimensions}
         pick = {site: rng.random() < 0.5 for site in sorted(sites)}
         chosen = {key: (smaller if pick[key.rpartition(":")[0]] else larger).chosen[key] for key in self.dimensions}
-        parent = larger if self._can_start_from(larger, chosen) else None
-        if parent is None:
-            for key in chosen:
-                if key.endswith(":channels"):
-                    chosen[key] = min(float(larger.chosen[key]), float(chosen[key]))
-            parent = larger
+        parent = larger
+        for key, choice in chosen.items():
+            if not self._follows(key, larger, choice):
+                chosen[key] = larger.chosen[key]
         self._train_choices(chosen, parent, rng)
         predicted = self.profile.predict(chosen) * self._correction(done, parent)
         return chosen, parent.number, predicted, predicted
@@ -264,10 +277,14 @@ class FrontierSampler(BaseSampler):
         index = rng.choices(range(len(useful)), weights)[0]
         return useful[index], rooms[index]
 
-    def _can_start_from(self, parent: Point, chosen: Mapping[str, Choice]) -> bool:
-        """Removed channels do not come back."""
-        return all(
-            float(parent.chosen[key]) >= float(choice) for key, choice in chosen.items() if key.endswith(":channels")
+    def _follows(self, key: str, parent: Point, choice: Choice) -> bool:
+        """Whether the parent can go on with this choice: what it took away for good does not come back."""
+        site, _, name = key.rpartition(":")
+        technique = structures().get(name)
+        if technique is None or not technique.permanent:
+            return True
+        return technique.follows(parent.chosen[key], choice) and not any(
+            technique.voids(choice, site, dimension, other) for dimension, other in parent.rebuilt if other != site
         )
 
     def _ancestor(self, done: Sequence[Point], target: float) -> Point | None:
@@ -316,11 +333,12 @@ class FrontierSampler(BaseSampler):
                 allowed[key] = d.choices
                 continue
             at = d.choices.index(parent.chosen[key])
-            low = 0 if d.name not in ("channels", "sparsity", "weights") else at
+            low = 0 if d.name not in ("sparsity", "weights") else at
             if both_ways and d.name in ("sparsity", "weights"):
                 low = max(0, at - 1)
-            high = len(d.choices) if d.name in ("activation", "activation_bits", "vectors") else at + 1 + _REACH
-            allowed[key] = d.choices[low:high]
+            high = at + 1 + _REACH if d.name in ("channels", "sparsity", "weights") else len(d.choices)
+            near = d.choices[low:high]
+            allowed[key] = tuple(choice for choice in near if self._follows(key, parent, choice))
         return allowed
 
     def _train_choices(self, chosen: dict[str, Choice], parent: Point | None, rng: random.Random) -> None:

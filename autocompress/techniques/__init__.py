@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-_ORDER = ("channels", "activation", "activation_bits", "sparsity", "floats", "integers")
+_ORDER = ("structure", "channels", "activation", "activation_bits", "sparsity", "floats", "integers")
 _found = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
 for _name in sorted(_found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)):
     importlib.import_module(f"{__name__}.{_name}")

@@ -80,7 +80,7 @@ class Activation(StructureTechnique):
 
     def apply(
         self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
-    ) -> None:
+    ) -> nn.Module:
         before = {name: model.get_submodule(name) for name in chosen}
         self.restore(model, chosen)
         fitted = {
@@ -89,7 +89,7 @@ class Activation(StructureTechnique):
             if isinstance(module := model.get_submodule(name), FittedActivation) and module is not before[name]
         }
         if not fitted:
-            return
+            return model
         for name in fitted:
             model.set_submodule(name, before[name])
         inputs = _inputs(model, list(fitted), run)
@@ -98,8 +98,9 @@ class Activation(StructureTechnique):
                 with torch.no_grad():
                     module.fit(before[name], inputs[name])
             model.set_submodule(name, module.to(inputs[name].device) if name in inputs else module)
+        return model
 
-    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:
+    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
         for name, choice in chosen.items():
             old = model.get_submodule(name)
             if choice == self.default or getattr(old, "choice", None) == choice:
@@ -107,6 +108,7 @@ class Activation(StructureTechnique):
             new = _make(str(choice)).train(old.training)
             new.choice = str(choice)  # type: ignore[assignment]
             model.set_submodule(name, new)
+        return model
 
 
 def _inputs(model: nn.Module, names: Sequence[str], run: Run) -> dict[str, Tensor]:

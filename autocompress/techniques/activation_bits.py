@@ -72,7 +72,7 @@ class ActivationBits(StructureTechnique):
 
     def apply(
         self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
-    ) -> None:
+    ) -> nn.Module:
         self.restore(model, chosen)
         quantizers = [m for m in model.modules() if isinstance(m, InputQuantizer)]
         fresh = [quantizer for quantizer in quantizers if bool(quantizer.high == quantizer.low)]
@@ -83,8 +83,9 @@ class ActivationBits(StructureTechnique):
                 run(model)
             for quantizer in fresh:
                 quantizer.eval()
+        return model
 
-    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:
+    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
         for name, choice in chosen.items():
             layer = model.get_submodule(name)
             present = layer._modules.get(SUBMODULE)
@@ -95,6 +96,7 @@ class ActivationBits(StructureTechnique):
                 continue
             layer.add_module(SUBMODULE, InputQuantizer(int(choice)).eval())
             layer.register_forward_pre_hook(_QuantizeInput())
+        return model
 
 
 register(ActivationBits())

@@ -53,29 +53,43 @@ class Technique(ABC):
         """Whether this machine can do it; a choice that is not available is left out of the space."""
         return True
 
+    def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
+        """Whether the part of the model at `site` can have it; if not, it is left out of the space there."""
+        return True
+
+    def voids(self, choice: Choice, site: str, dimension: str, other: str) -> bool:
+        """Whether `choice` at `site` leaves nothing to choose in `dimension` at `other`."""
+        return False
+
 
 class StructureTechnique(Technique):
     """Changes the model itself, before fine-tuning.
 
     restores: whether a file must tell the choice, so that `restore` can bring back what tensors alone
-    do not tell.
+    do not tell. permanent: what it took away does not come back while a candidate is trained on as
+    another: the other's choice must follow from its own.
     """
 
     restores: ClassVar[bool] = True
+    permanent: ClassVar[bool] = False
 
     @abstractmethod
     def apply(
         self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
-    ) -> None:
-        """Change `model` in place so that it has the `chosen` (site -> choice); idempotent.
+    ) -> nn.Module:
+        """`model`, changed in place, with the `chosen` (site -> choice); idempotent.
 
         `run(model)` runs it on the calibration batch. options: the recipe's choices for the whole model,
         dimension -> choice, for techniques that read one of them.
         """
 
     @abstractmethod
-    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:
-        """Bring a fresh, unshaped model to the structure of `chosen`, before its tensors are assigned."""
+    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
+        """A fresh, unshaped `model`, changed in place to the structure of `chosen`, to be given its tensors."""
+
+    def follows(self, before: Choice, after: Choice) -> bool:
+        """Whether a candidate with `before` can go on as one with `after`; for permanent techniques."""
+        return True
 
 
 class Masking(Technique):
@@ -202,6 +216,12 @@ class _CodingDimension:
 
     def available(self, choice: Choice) -> bool:
         return True
+
+    def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
+        return True
+
+    def voids(self, choice: Choice, site: str, dimension: str, other: str) -> bool:
+        return False
 
 
 _STRUCTURES: dict[str, StructureTechnique] = {}

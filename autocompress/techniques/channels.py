@@ -25,7 +25,7 @@ def kept_channels(original: int, share: float) -> int:
 class Channels(StructureTechnique):
     name = "channels"
     default = 1.0
-    restores = False
+    restores, permanent = False, True
     about = "share of the channels of a group that is kept; the rest is removed physically"
 
     def parse(self, raw: Any) -> Choice:
@@ -36,20 +36,25 @@ class Channels(StructureTechnique):
 
     def apply(
         self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
-    ) -> None:
+    ) -> nn.Module:
         """`chosen` holds channel counts (site -> int): counts, unlike shares, also fit a pruned model."""
         if not chosen:
-            return
+            return model
         graph = ChannelGraph(model, run)
-        surplus = {name: graph.channels(name) - int(count) for name, count in chosen.items()}
+        surplus = {name: graph.channels(name) - int(count) for name, count in chosen.items() if name in graph.groups}
         # all judged before any is removed: removal shifts the channels of concatenations
         criterion = str((options or {}).get(Importance.name, Importance.default))
         judged = {name: importance(criterion, graph, name, run) for name, count in surplus.items() if count > 0}
         for name, values in judged.items():
             graph.remove(name, sorted(values.argsort(stable=True)[: surplus[name]].tolist()))
+        return model
 
-    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> None:
+    def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
         """Nothing to do: the shapes of the stored tensors tell all."""
+        return model
+
+    def follows(self, before: Choice, after: Choice) -> bool:
+        return float(after) <= float(before)
 
 
 register(Channels())

@@ -39,7 +39,7 @@ def test_a_coding_in_a_model(coding: Choice, any_task: Task) -> None:
     assert rate.bytes() == pytest.approx(len(data), rel=0.03)
     stored = decode_artifact(data).tensors
     for shadow in candidate.layers.values():
-        assert torch.equal(stored[shadow.layer.parameter].value, shadow.parameter.detach())
+        assert torch.equal(stored[shadow.key].value, shadow.parameter.detach())
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
