@@ -327,6 +327,11 @@ class ChannelGraph:
         with _quiet():
             return torch.as_tensor(measure(self.groups[name])).detach()
 
+    def weights(self, name: str) -> int:
+        """Elements of the tensors that these channels are a part of."""
+        modules = {dep.target.module for dep, _ in self.groups[name] if isinstance(dep.target.module, nn.Module)}
+        return max(1, sum(p.numel() for module in modules for p in module.parameters(recurse=False)))
+
     def makers(self, name: str) -> list[nn.Module]:
         """The layers that make the channels of this group."""
         return [dep.target.module for dep, _ in self.groups[name] if self._makes(dep)]

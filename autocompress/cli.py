@@ -320,6 +320,20 @@ def inspect(
 
 
 @app.command()
+def techniques() -> None:
+    """List every technique: its choices, its source, and what it cannot be applied to."""
+    from autocompress.report.techniques import rows
+
+    table = Table(title="techniques, by the dimension of a search space that offers them", title_justify="left")
+    table.add_column("dimension", no_wrap=True)
+    for name in ("choices (first: changes nothing)", "what it is", "source", "cannot apply to"):
+        table.add_column(name)
+    for row in rows():
+        table.add_row(row.dimension, row.choices, row.what, row.sources, row.not_for)
+    out.print(table)
+
+
+@app.command()
 def spaces() -> None:
     """List the packaged search spaces and explain their dimensions."""
     import autocompress.techniques  # noqa: F401

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Run, layer_name
+from autocompress.anatomy import Anatomy, layer_name
 from autocompress.artifact import Weights
 from autocompress.artifact.container import Plan
 from autocompress.recipe import MODEL, Choice, Recipe
-from autocompress.replacement import original_names
+from autocompress.replacement import original_names, origins
 from autocompress.space import without_void
 from autocompress.surgery import assign, owners, tensors
-from autocompress.techniques.base import Coding, coding_of, maskings, structures
+from autocompress.task import Calibration
+from autocompress.techniques.base import Coding, SparseLayer, coding_of, maskings, structures, trainings
 from autocompress.techniques.channels import kept_channels
 
 _STEP = "autocompress.parameters/"
@@ -33,6 +34,7 @@ class ShadowedLayer:
     """One weight: its parameter in the model, the dense weight behind, mask and coding.
 
     site: the layer of the original that it is, or is a part of. key: its first name in the model.
+    gradient: of all weights in the last step, the pruned ones too, where regrowing needs it.
     """
 
     site: str
@@ -43,6 +45,7 @@ class ShadowedLayer:
     coding: Coding
     learned: Tensor
     mask: Tensor | None = None
+    gradient: Tensor | None = None
     _effective: Tensor | None = None
 
     def masked(self) -> Tensor:
@@ -65,7 +68,7 @@ class Candidate:
         original: nn.Module,
         anatomy: Anatomy,
         recipe: Recipe,
-        run: Run,
+        run: Calibration,
         state: Mapping[str, Tensor] | None = None,
         parent_recipe: Recipe | None = None,
     ) -> None:
@@ -76,6 +79,9 @@ class Candidate:
         learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}
         choices = {k.rpartition("|")[0]: k.rpartition("|")[2] for k in learned}
         options = {dimension: choice for site, dimension, choice in recipe if site == MODEL}
+        self.training = [(technique, options.get(name, technique.default)) for name, technique in trainings().items()]
+        self.regrows = options.get("regrow", "none") != "none"
+        clipping = str(options.get("weight_clipping", "mse"))
         if parent:
             for name, structure in structures().items():
                 if structure.permanent and parent_recipe is not None:
@@ -96,10 +102,14 @@ class Candidate:
             shadow = ShadowedLayer(site, key, parameter, dense, choice, coding, torch.empty(0))
             name = layer_name(key)
             self.layers[name] = shadow
-            self.set_masks([name])
+        self.set_masks()
+        for name, shadow in self.layers.items():
+            choice, coding, dense = shadow.choice, shadow.coding, shadow.dense
             known = learned.get(f"{name}|{choice}") if choices.get(name) == choice else None
             fits = known is not None and len(known) == coding.parameters(choice, tuple(dense.shape))
-            shadow.learned = known.clone() if known is not None and fits else coding.initial(shadow.masked(), choice)
+            shadow.learned = (
+                known.clone() if known is not None and fits else coding.initial(shadow.masked(), choice, clipping)
+            )
             shadow.learned = shadow.learned.to(dense.device)
 
     def _weights(self) -> list[tuple[str, str]]:
@@ -107,27 +117,45 @@ class Candidate:
         sites = {layer.parameter: layer.name for layer in self.anatomy.layers}
         return [(key, sites[name]) for key, name in original_names(self.model).items() if name in sites]
 
-    def set_masks(
-        self,
-        names: list[str] | None = None,
-        share: float = 1.0,
-        start: Mapping[str, float] | None = None,
-    ) -> None:
-        """Recompute masks from the dense weights, at `share` of the way from `start` to the recipe's sparsity."""
-        for name in self.layers if names is None else names:
-            shadow = self.layers[name]
-            for dimension, masking in maskings().items():
+    def set_masks(self, share: float = 1.0, start: Mapping[str, float] | None = None, regrown: float = 0.0) -> None:
+        """Draw the masks from the weights as they are, at `share` of the way from `start` (site -> share of
+        zeros) to the recipe's sparsity. regrown: share of what stays that may be exchanged for pruned weights."""
+        for dimension, masking in maskings().items():
+            targets: dict[str, Choice] = {}
+            for name, shadow in self.layers.items():
                 target = self.recipe.get(shadow.site, dimension, masking.default)
                 assert target is not None
-                if target == masking.default:
-                    shadow.mask = None
-                    continue
                 if share < 1 and isinstance(target, float):
                     first = min((start or {}).get(shadow.site, 0.0), target)
                     target = first + (target - first) * share
-                shadow.mask = masking.mask(shadow.dense, target)
+                targets[name] = target
+            shares = [name for name, target in targets.items() if isinstance(target, float) and target > 0]
+            for technique, choice in self.training:
+                layers = [
+                    SparseLayer(
+                        self.layers[n].dense.detach(),
+                        float(targets[n]),
+                        self.layers[n].coding.bits(self.layers[n].choice),
+                    )
+                    for n in shares
+                ]
+                targets |= dict(zip(shares, technique.exchanged(choice, layers), strict=True))
+            for name, target in targets.items():
+                shadow = self.layers[name]
+                if target == masking.default:
+                    shadow.mask = None
+                    continue
+                weight = (shadow.masked() if self.regrows and share > 0 else shadow.dense).detach()
+                shadow.mask = masking.mask(weight, target)
+                if regrown and name in shares and shadow.gradient is not None:
+                    for technique, choice in self.training:
+                        shadow.mask = technique.regrown(choice, shadow.mask, weight, shadow.gradient, regrown)
 
     # ------------------------------------------------------------ simulation
+
+    def activations(self) -> dict[str, nn.Module]:
+        """Name -> module of the activations, of whatever kind they are by now."""
+        return activation_modules(self.model, self.anatomy)
 
     def materialise(self, keep_graph: bool = False) -> None:
         """Write the effective weights into the model's parameters."""
@@ -159,6 +187,8 @@ class Candidate:
             if shadow.parameter.grad is not None and shadow._effective is not None:
                 roots.append(shadow._effective)
                 gradients.append(shadow.parameter.grad)
+                if self.regrows:
+                    shadow.gradient = shadow.parameter.grad.detach().float()
         if roots:
             torch.autograd.backward(roots, gradients)
         for shadow in self.layers.values():
@@ -181,6 +211,16 @@ class Candidate:
             if shadow.learned.numel():
                 state[f"{_STEP}{name}|{shadow.choice}"] = shadow.learned.detach()
         return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+
+
+def activation_modules(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """Name in `model` -> module, of the original's activations and of what stands in for them."""
+    known = origins(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if known[name] in anatomy.activations and known.get(name.rpartition(".")[0]) != known[name]
+    }
 
 
 def counted(chosen: Mapping[str, Choice], dimension: str, anatomy: Anatomy) -> dict[str, Choice]:

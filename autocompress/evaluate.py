@@ -5,17 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from autocompress.anatomy import read_anatomy
 from autocompress.artifact import load
-from autocompress.task import Task, load_task, measure
+from autocompress.compression import activation_modules
+from autocompress.probing import zero_shares
+from autocompress.task import Task, device_of, load_task, measure
+from autocompress.trial import calibration_batches
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """size_bytes: of the file on disk. Accuracies: the task's metric of the decoded model."""
+    """size_bytes: of the file on disk. Accuracies: the task's metric of the decoded model.
+    activation_sparsity: activation -> share of zeros in its output, on the first training batches."""
 
     size_bytes: int
     val_accuracy: float
     test_accuracy: float
+    activation_sparsity: dict[str, float]
 
 
 def evaluate(path: str | Path, task: Task | str) -> Evaluation:
@@ -25,4 +31,11 @@ def evaluate(path: str | Path, task: Task | str) -> Evaluation:
     """
     given = load_task(task) if isinstance(task, str) else task
     model = load(path, given.build())
-    return Evaluation(Path(path).stat().st_size, measure(given, model, "val"), measure(given, model, "test"))
+    calibration = calibration_batches(given, device_of(model))
+    activations = activation_modules(model, read_anatomy(given.build(), calibration))
+    return Evaluation(
+        Path(path).stat().st_size,
+        measure(given, model, "val"),
+        measure(given, model, "test"),
+        zero_shares(activations, lambda: calibration(model)),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,28 @@ def _stored(shadow: ShadowedLayer, dimension: str, choice: Choice) -> Tensor:
     return coding.simulate(weight, choice, coding.initial(weight, choice).to(weight.device))
 
 
+@torch.no_grad()
+def zero_shares(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, float]:
+    """Name -> share of zeros in the outputs of these modules while `run()` runs the model that they are in."""
+    zeros: dict[str, list[int]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen = zeros.setdefault(name, [0, 0])
+            seen[0] += int((output == 0).sum())
+            seen[1] += output.numel()
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: count / max(total, 1) for name, (count, total) in zeros.items()}
+
+
 def wanted_choices(space: BoundSpace) -> dict[str, tuple[Choice, ...]]:
     """Every choice of every dimension that changes the model (and not only its training)."""
     return {d.key: d.choices for d in space if d.name not in trainings()}
@@ -152,7 +174,7 @@ def layer_bytes(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str, 
             choice = chosen.get("weights", "float32")
             coding = coding_of(choice)
             codes = coding.encode(masked, choice, coding.initial(masked, choice).to(masked.device)).codes
-            row["|".join(map(str, combination))] = coded_bytes(codes, *coding.layout(choice)) * scale
+            row["|".join(map(str, combination))] = coded_bytes(codes, *coding.layout(choice), coding.repeats) * scale
     return table
 
 
@@ -179,10 +201,10 @@ def weights_left(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str,
     return out
 
 
-def coded_bytes(codes: Codes, exponent: int, mantissa: int) -> int:
+def coded_bytes(codes: Codes, exponent: int, mantissa: int, repeats: bool = False) -> int:
     """Bytes of the entropy-coded stream of these codes alone."""
     state = CoderState()
-    write_codes(state, codes, exponent, mantissa)
+    write_codes(state, codes, exponent, mantissa, repeats)
     return len(state.finish())
 
 

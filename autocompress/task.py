@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,22 @@ def batch_size(batch: Batch) -> int:
         if isinstance(item, (Tensor, dict, tuple, list)):
             return batch_size(item)
     return 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A few training batches on which models are tried, not trained."""
+
+    task: Task
+    batches: Sequence[Batch]
+
+    def __call__(self, model: nn.Module) -> Any:
+        """The model's output on the first batch."""
+        return self.task.run(model, self.batches[0])[0]
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The task's loss on the first batch, a scalar with a gradient."""
+        return self.task.loss(*self.task.run(model, self.batches[0]))
 
 
 @torch.no_grad()

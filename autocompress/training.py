@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
-from autocompress.recipe import MODEL, Choice
-from autocompress.task import Task, batch_size, device_of, to_device
+from autocompress.recipe import Choice
+from autocompress.task import Calibration, Task, batch_size, device_of, to_device
 from autocompress.techniques.base import IntegerWeights, TrainingTechnique, trainings
 
 DISTILLATION = 0.5
@@ -26,6 +28,9 @@ _MASK_EVERY = 4
 _RAMP = 0.5
 """Sparsity reaches its target after this share of the steps (cubic, Zhu and Gupta, 2017)."""
 _FREEZE = 0.75
+"""From here on masks stay as they are."""
+_ROUNDS, _REGROWN = 10, 0.3
+"""Rounds of dropping and regrowing if they went on to the end, and the share of the first (Evci et al., 2020)."""
 _SETTLE, _CALIBRATE = 0.8, 0.9
 _CURVATURE_BATCHES = 8
 
@@ -75,13 +80,10 @@ def fine_tune(
     """
     if epochs < 1:
         return
-    model, recipe = candidate.model, candidate.recipe
+    model = candidate.model
     device = device_of(model)
     peak = task.learning_rate if learning_rate is None else learning_rate
-    asked = recipe.as_dict()
-    choices: dict[str, Choice] = {
-        name: asked.get(f"{MODEL}:{name}", technique.default) for name, technique in trainings().items()
-    }
+    choices: dict[str, Choice] = {technique.name: choice for technique, choice in candidate.training}
     penalty = math.fsum(technique.penalty(choices[name]) for name, technique in trainings().items())
     weights, others = candidate.trainable()
     groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
@@ -92,6 +94,10 @@ def fine_tune(
     rate = rate or RateModel(candidate)
     original = sum(layer.numel for layer in candidate.anatomy.layers)
     total = epochs * _count(task)
+    every = max(_MASK_EVERY, total // _ROUNDS) if candidate.regrows else _MASK_EVERY
+    activations = list(candidate.activations().values())
+    made = [technique.term(choice, activations) for technique, choice in candidate.training]
+    terms = [term for term in made if term is not None]
     step, settled = 0, False
     for epoch in range(1, epochs + 1):
         model.train()
@@ -99,9 +105,10 @@ def fine_tune(
             progress = min(step / total, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = peak * _schedule(progress)
-            if step % _MASK_EVERY == 0 and progress < _FREEZE:
+            if step % every == 0 and progress < _FREEZE:
                 ramp = 1 - (1 - min(progress / _RAMP, 1.0)) ** 3
-                candidate.set_masks(share=ramp, start=start_sparsity)
+                regrown = _REGROWN * (1 + math.cos(math.pi * progress / _FREEZE)) / 2
+                candidate.set_masks(share=ramp, start=start_sparsity, regrown=regrown)
             last = step + 1 >= total
             if (progress >= _SETTLE or last) and not settled:
                 settled = True
@@ -118,11 +125,16 @@ def fine_tune(
             with ExitStack() as stack:
                 for name, technique in trainings().items():
                     stack.enter_context(technique.autocast(choices[name], device))
-                output, target = task.run(model, batch)
                 with torch.no_grad():
                     reference, _ = task.run(teacher, batch)
+                for term in terms:
+                    stack.enter_context(term)
+                output, target = task.run(model, batch)
             loss = (1 - DISTILLATION) * task.loss(_float(output), target)
             loss = loss + DISTILLATION * divergence(output, reference, target, TEMPERATURE).to(loss.device)
+            if terms:
+                drift = divergence(output, reference, target).to(loss.device)
+                loss = loss + torch.stack([term.loss(drift) for term in terms]).sum()
             if not math.isfinite(float(loss.detach())):
                 raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
             optimizer.zero_grad()
@@ -133,10 +145,44 @@ def fine_tune(
             scaler.step(optimizer)
             scaler.update()
             step += 1
-        candidate.set_masks()
+        if not settled and not candidate.regrows:  # as the recipe asks, also before fine-tuning is over
+            candidate.set_masks()
         candidate.materialise()
         model.eval()
         yield epoch
+
+
+def step_costs(candidate: Candidate, calibration: Calibration) -> dict[str, dict[str, float]]:
+    """What a step costs in the candidate's precision and in float32; empty when that is its precision.
+
+    Precision -> `seconds` (the fastest of five forward and backward passes on a calibration batch) and
+    `saved_bytes`, what autograd keeps of the forward pass for the backward pass, each tensor counted once.
+    """
+    precision = trainings()["precision"]
+    chosen = next(choice for technique, choice in candidate.training if technique is precision)
+    if chosen == precision.default:
+        return {}
+    device, out = device_of(candidate.model), {}
+    for choice in (precision.default, chosen):
+        seconds, saved = [], dict[int, int]()
+        for attempt in range(6):
+            began = time.perf_counter()
+            keep = partial(_count_bytes, saved) if attempt == 0 else lambda tensor: tensor
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                with precision.autocast(choice, device):
+                    loss = calibration.loss(candidate.model)
+                torch.autograd.backward(loss)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        candidate.model.zero_grad()
+        out[str(choice)] = {"seconds": min(seconds[1:]), "saved_bytes": float(sum(saved.values()))}
+    return out
+
+
+def _count_bytes(seen: dict[int, int], tensor: Tensor) -> Tensor:
+    seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return tensor
 
 
 def _settle(task: Task, candidate: Candidate, rate: RateModel, choices: Mapping[str, Choice]) -> None:

@@ -19,13 +19,13 @@ from torch import nn
 import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.artifact import pack, read_artifact, unpack, write_file
-from autocompress.compression import Candidate
-from autocompress.probing import Prober, layer_bytes, vector_bytes, wanted_choices, weights_left
+from autocompress.compression import Candidate, activation_modules
+from autocompress.probing import Prober, layer_bytes, vector_bytes, wanted_choices, weights_left, zero_shares
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace
-from autocompress.task import Task, batch_size, measure, to_device
-from autocompress.training import fine_tune
+from autocompress.task import Calibration, Task, batch_size, measure, to_device
+from autocompress.training import fine_tune, step_costs
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
     "model.acz",
@@ -63,7 +63,9 @@ class TrialResult:
     """size_bytes: bytes of the file on disk. val_accuracy: of the model decoded from that file.
 
     estimated_bytes: of the rate model on the fine-tuned weights, before packing. effects: rise of the
-    output distance by each neighbouring choice, probed at the fine-tuned weights.
+    output distance by each neighbouring choice, probed at the fine-tuned weights. activation_sparsity: name
+    of an activation -> share of zeros in its output, of the decoded model on the calibration batches.
+    step_costs: precision -> seconds and bytes of one step (see `training.step_costs`), where it was mixed.
     """
 
     size_bytes: int
@@ -71,6 +73,8 @@ class TrialResult:
     estimated_bytes: float
     seconds: float
     effects: dict[str, dict[str, float]] = field(default_factory=dict)
+    activation_sparsity: dict[str, float] = field(default_factory=dict)
+    step_costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def seed_everything(seed: int) -> None:
@@ -79,7 +83,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def calibration_batches(task: Task, device: torch.device) -> list[Any]:
+def calibration_batches(task: Task, device: torch.device) -> Calibration:
     """The first training batches, up to 256 samples."""
     seed_everything(0)
     batches, count = [], 0
@@ -88,7 +92,7 @@ def calibration_batches(task: Task, device: torch.device) -> list[Any]:
         count += batch_size(batch)
         if count >= _CALIBRATION:
             break
-    return batches
+    return Calibration(task, batches)
 
 
 class Workshop:
@@ -110,17 +114,13 @@ class Workshop:
         self.device = torch.device(device)
         self.original = original.to(self.device).eval()
         self.calibration = calibration_batches(task, self.device)
-        self.anatomy: Anatomy = read_anatomy(self.original, self.run_once)
+        self.anatomy: Anatomy = read_anatomy(self.original, self.calibration)
         self._prober: Prober | None = None
-
-    def run_once(self, model: nn.Module) -> Any:
-        """Run a model on one calibration batch."""
-        return self.task.run(model, self.calibration[0])[0]
 
     @property
     def prober(self) -> Prober:
         if self._prober is None:
-            self._prober = Prober(self.task, self.original, self.calibration)
+            self._prober = Prober(self.task, self.original, self.calibration.batches)
         return self._prober
 
     def trial_folder(self, number: int) -> Path:
@@ -128,7 +128,7 @@ class Workshop:
 
     def base_profile(self) -> dict[str, Any]:
         """Effects and bytes of every single choice on the original model, as plain data."""
-        candidate = Candidate(self.original, self.anatomy, Recipe(), self.run_once)
+        candidate = Candidate(self.original, self.anatomy, Recipe(), self.calibration)
         vectors, header = vector_bytes(candidate, self.space)
         return {
             "effects": self.prober.effects(candidate, wanted_choices(self.space)),
@@ -152,7 +152,7 @@ class Workshop:
             parent_recipe = Recipe.from_json(json.loads((parent / RECIPE).read_text()))
             shares = parent_recipe.dimension("sparsity").items()
             start = {site: share for site, share in shares if isinstance(share, float)}
-        candidate = Candidate(self.original, self.anatomy, recipe, self.run_once, state, parent_recipe)
+        candidate = Candidate(self.original, self.anatomy, recipe, self.calibration, state, parent_recipe)
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
         learning_rate = self._learning_rate(candidate)
@@ -169,7 +169,9 @@ class Workshop:
         accuracy = measure(self.task, decoded, "val")
         write_file(folder / CHECKPOINT, save(candidate.state()))
         effects = self.prober.effects(candidate, self._neighbours(recipe))
-        result = TrialResult(path.stat().st_size, accuracy, estimate, time.monotonic() - began, effects)
+        zeros = zero_shares(activation_modules(decoded, self.anatomy), lambda: self.calibration(decoded))
+        costs = step_costs(candidate, self.calibration)
+        result = TrialResult(path.stat().st_size, accuracy, estimate, time.monotonic() - began, effects, zeros, costs)
         shown = {key: value for key, value in asdict(result).items() if key != "effects"}
         write_file(folder / METRICS, json.dumps({**shown, "parent": spec.parent}, indent=1).encode())
         yield result

@@ -65,6 +65,7 @@ def test_evaluate_says_what_the_front_says(place: Path) -> None:
     for point in front_of(place)["front"]:
         file = str(Path("runs") / "demo" / str(point["artifact"]))
         measured = json.loads(cli(place, "evaluate", file, "--task", "mini:task", "--json").stdout)
+        assert set(measured.pop("activation_sparsity")) == {"2", "4"}
         assert measured == {key: point[key] for key in ("size_bytes", "val_accuracy", "test_accuracy")}
 
 

@@ -24,7 +24,7 @@ from autocompress.trial import CHECKPOINT, METRICS, Rung, TrialResult, TrialSpec
 
 def candidate_of(task: Task, choices: dict[str, str | int | float]) -> Candidate:
     workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
-    return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.run_once)
+    return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
 
 
 def test_fine_tuning_repairs_what_compression_broke() -> None:

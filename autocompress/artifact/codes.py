@@ -67,8 +67,13 @@ def _look_up(table: Array, places: Array, offset: int) -> Array:
     return out
 
 
-def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int) -> None:
-    """Write int32 codes of any shape (layout as in `CoderState.code`)."""
+def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, repeats: bool = False) -> None:
+    """Write int32 codes of any shape (layout as in `CoderState.code`). repeats: each row once."""
+    if repeats and codes.ndim > 1:
+        places: dict[bytes, int] = {}
+        for row in codes:
+            state.number(places.setdefault(row.tobytes(), len(places)))
+        codes = np.stack([np.frombuffer(row, codes.dtype) for row in places]).reshape(-1, *codes.shape[1:])
     matrix = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes.reshape(1, -1)
     if exponent:
         state.code(np.ascontiguousarray(matrix), Scan(), exponent, mantissa)
@@ -90,8 +95,14 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int) -
     state.code(walk.turn(matrix), walk.scan, 0, mantissa)
 
 
-def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantissa: int) -> Array:
+def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantissa: int, repeats: bool = False) -> Array:
     """Inverse of `write_codes`."""
+    if repeats and len(shape) > 1:
+        rows, distinct = [], 0
+        for _ in range(shape[0]):
+            rows.append(min(state.number(), distinct))
+            distinct = max(distinct, rows[-1] + 1)
+        return read_codes(state, (distinct, *shape[1:]), exponent, mantissa)[rows]
     walk, palette = Walk(), None
     if not exponent:
         palette = _palette_in_stream(state, None)

@@ -119,7 +119,7 @@ def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
     header = _header(values, kinds, [tensor for _, _, tensor in coded.values()], recipe)
     state.code_text(np.frombuffer(header, np.uint8).copy())
     for coding, choice, tensor in coded.values():
-        write_codes(state, tensor.codes, *coding.layout(choice))
+        write_codes(state, tensor.codes, *coding.layout(choice), coding.repeats)
     length = _Writer()
     length.varint(len(header))
     body = bytes(length.data) + state.finish()
@@ -376,7 +376,7 @@ class _Reader:
                 if coding is None or index >= len(coding.choices()):
                     raise self.broken("a tensor has an unknown coding")
                 codings.append((coding, coding.choices()[index]))
-                lengths.append(coding.parameters(coding.choices()[index], shape))
+                lengths.append(coding.stored(coding.choices()[index], shape))
         planes = np.frombuffer(self.take(4 * sum(lengths)), np.uint8).reshape(4, -1)
         values = iter(np.ascontiguousarray(planes.T).view("<f4").ravel().tolist())
         return [
@@ -399,7 +399,7 @@ class _Reader:
         self, state: CoderState, shape: tuple[int, ...], coding: Coding, choice: Choice, parameters: tuple[float, ...]
     ) -> StoredTensor:
         before = state.position
-        codes = read_codes(state, shape, *coding.layout(choice))
+        codes = read_codes(state, shape, *coding.layout(choice), coding.repeats)
         if state.position > len(state.buffer) + 8:
             raise self.broken("its stream ends before its tensors")
         try:

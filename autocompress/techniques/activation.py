@@ -2,6 +2,8 @@
 
 Bounded functions (hardtanh here clips to [-1, 1]; relu6 to [0, 6]) keep activations in a range that
 few bits can hold (Krizhevsky, 2010; Choi et al., PACT, 2018). Other files of this folder `offer` more.
+
+Not for functional calls (only activations that are modules), and modules with parameters such as PReLU.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Run
+from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
+from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register
 
 _KEEP = "keep"
@@ -67,6 +70,12 @@ class Activation(StructureTechnique):
     def about(self) -> str:  # type: ignore[override]
         return f"function of an activation: {_KEEP}, or " + ", ".join(_OFFERS)
 
+    def examples(self) -> Sequence[Choice]:
+        return (_KEEP, *_OFFERS)
+
+    def file_of(self, example: Choice) -> str:
+        return __name__ if example == _KEEP else _OFFERS[str(example)][1].__module__
+
     def parse(self, raw: Any) -> Choice:
         try:
             if raw != _KEEP:
@@ -79,7 +88,11 @@ class Activation(StructureTechnique):
         return list(anatomy.activations)
 
     def apply(
-        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, Choice],
+        run: Calibration,
+        options: Mapping[str, Choice] | None = None,
     ) -> nn.Module:
         before = {name: model.get_submodule(name) for name in chosen}
         self.restore(model, chosen)
@@ -111,7 +124,7 @@ class Activation(StructureTechnique):
         return model
 
 
-def _inputs(model: nn.Module, names: Sequence[str], run: Run) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, names: Sequence[str], run: Calibration) -> dict[str, Tensor]:
     """What flows into each of these modules on the calibration batch, float32 [n]."""
     seen: dict[str, Tensor] = {}
 

@@ -1,8 +1,10 @@
 """Bit width of activations: the input of a layer is rounded to 2^b levels.
 
-Uniform affine quantisation with a range learned from what passes through while fine-tuning
-(exponential moving average of minimum and maximum) and a straight-through gradient (Jacob et al.,
-CVPR 2018). The range travels in the file as two buffers of the layer's quantiser.
+Uniform affine quantisation with a straight-through gradient (Jacob et al., CVPR 2018). The range follows what
+passes through while fine-tuning (exponential moving average), or is trained: see `clipping.py`. It travels in
+the file as two tensors of the layer's quantiser.
+
+Not for layers that are fed with integers (embeddings) or called with tensors as keywords only.
 """
 
 from __future__ import annotations
@@ -13,39 +15,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Run
+from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
+from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register, straight_through
+from autocompress.techniques.clipping import ActivationClipping, clip_range
 
 SUBMODULE = "input_quantizer"
 
 
 class InputQuantizer(nn.Module):
-    """Rounds a float tensor of any shape to 2^bits levels between `low` and `high`."""
-
-    low: Tensor
-    high: Tensor
+    """Rounds a float tensor of any shape to 2^bits levels between `low` and `high`, float32 scalars."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
+        self.clipping = "max"
+        self.low = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.high = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.observe(x.detach())
         low, high = self.low.to(x.dtype), self.high.to(x.dtype)
         step = ((high - low) / (2**self.bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
-        rounded = ((x - low) / step).round().clamp(0, 2**self.bits - 1) * step + low
-        clipped = torch.minimum(torch.maximum(x, low), high)
-        return straight_through(rounded, clipped)
+        scaled = ((torch.minimum(torch.maximum(x, low), high) - low) / step).clamp(0, 2**self.bits - 1)
+        quantized: Tensor = straight_through(scaled.round(), scaled) * step + low
+        return quantized
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        low, high = x.amin().float().clamp_max(0), x.amax().float().clamp_min(0)
         fresh = bool(self.high == self.low)
+        self.high.requires_grad_(self.clipping == "learned")
+        self.low.requires_grad_(self.clipping == "learned" and bool(self.low < 0))
+        if self.clipping == "learned" and not fresh:
+            return
+        low, high = clip_range(x, 2**self.bits - 1, "mse" if self.clipping == "learned" else self.clipping)
         self.low.copy_(low if fresh else self.low.lerp(low, 0.1))
         self.high.copy_(high if fresh else self.high.lerp(high, 0.1))
 
@@ -62,6 +68,9 @@ class ActivationBits(StructureTechnique):
     default = 32
     about = "bit width of the input of a layer; 32 leaves it in float"
 
+    def examples(self) -> Sequence[Choice]:
+        return (32, 8, 4, 1)
+
     def parse(self, raw: Any) -> Choice:
         if raw != 32 and (isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= 16):
             raise SpaceError(f"choice {raw!r} does not exist; give 32 (float) or whole bits from 1 to 16")
@@ -71,10 +80,16 @@ class ActivationBits(StructureTechnique):
         return anatomy.inputs
 
     def apply(
-        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, Choice],
+        run: Calibration,
+        options: Mapping[str, Choice] | None = None,
     ) -> nn.Module:
         self.restore(model, chosen)
         quantizers = [m for m in model.modules() if isinstance(m, InputQuantizer)]
+        for quantizer in quantizers:
+            quantizer.clipping = str((options or {}).get(ActivationClipping.name, ActivationClipping.default))
         fresh = [quantizer for quantizer in quantizers if bool(quantizer.high == quantizer.low)]
         if fresh:
             for quantizer in fresh:

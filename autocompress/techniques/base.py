@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Run
+from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import MODEL, Choice
 from autocompress.space import dimensions, register_dimension
+from autocompress.task import Calibration
 
 
 class Technique(ABC):
@@ -40,6 +41,14 @@ class Technique(ABC):
     name: ClassVar[str]
     default: ClassVar[Choice]
     about: ClassVar[str]
+
+    @abstractmethod
+    def examples(self) -> Sequence[Choice]:
+        """Choices to show to people, the default first."""
+
+    def file_of(self, example: Choice) -> str:
+        """Name of the module that offers this choice: its docstring tells of it."""
+        return type(self).__module__
 
     @abstractmethod
     def parse(self, raw: Any) -> Choice:
@@ -75,11 +84,15 @@ class StructureTechnique(Technique):
 
     @abstractmethod
     def apply(
-        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, Choice],
+        run: Calibration,
+        options: Mapping[str, Choice] | None = None,
     ) -> nn.Module:
         """`model`, changed in place, with the `chosen` (site -> choice); idempotent.
 
-        `run(model)` runs it on the calibration batch. options: the recipe's choices for the whole model,
+        `run(model)` runs it on a calibration batch. options: the recipe's choices for the whole model,
         dimension -> choice, for techniques that read one of them.
         """
 
@@ -115,13 +128,15 @@ class Coded:
 class Coding(Technique):
     """Represents a tensor in fewer bits; the choices of several codings make one dimension.
 
-    tag: the number that names the coding in a file; fixed for ever once released.
+    tag: the number that names the coding in a file; fixed for ever once released. repeats: whether rows
+    of codes (places of the first dimension) are made to be equal; the file then holds each once.
     """
 
     name: ClassVar[str] = "weights"
     default: ClassVar[Choice] = "float32"
     about: ClassVar[str] = "number format of the weights of a layer"
     tag: ClassVar[int]
+    repeats: ClassVar[bool] = False
 
     @abstractmethod
     def choices(self) -> Sequence[Choice]:
@@ -135,9 +150,14 @@ class Coding(Technique):
     def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
         """How many learned parameters P a tensor of this shape has; 0 for formats that need none."""
 
+    def stored(self, choice: Choice, shape: tuple[int, ...]) -> int:
+        """How many of these the file stores; the codes tell the rest."""
+        return self.parameters(choice, shape)
+
     @abstractmethod
-    def initial(self, weight: Tensor, choice: Choice) -> Tensor:
-        """Learned parameters, float32 [P], fitted to `weight`."""
+    def initial(self, weight: Tensor, choice: Choice, clipping: str = "mse") -> Tensor:
+        """Learned parameters, float32 [P], fitted to `weight`. clipping: by which criterion, where the
+        coding has a choice (see `clipping.py`)."""
 
     @abstractmethod
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
@@ -161,6 +181,9 @@ class Coding(Technique):
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
         """float32 tensor in the shape of `coded.codes`."""
 
+    def examples(self) -> Sequence[Choice]:
+        return self.choices()
+
     def parse(self, raw: Any) -> Choice:
         return str(raw)
 
@@ -182,6 +205,27 @@ class IntegerWeights:
     bits: Tensor
 
 
+@dataclass(frozen=True)
+class SparseLayer:
+    """A layer that is pruned by share: weight, float32; share of zeros asked of it; bits of a weight that stays."""
+
+    weight: Tensor
+    zeros: float
+    bits: float
+
+
+class Term(AbstractContextManager[Any]):
+    """A part of the loss, for the length of one fine-tuning; entered around each forward pass."""
+
+    def __exit__(self, *error: object) -> None:
+        """The forward pass is over."""
+
+    @abstractmethod
+    def loss(self, divergence: Tensor) -> Tensor:
+        """Scalar that is added to the loss of a batch, after its forward pass. divergence: scalar, of the
+        outputs from the original model's (see `training.divergence`)."""
+
+
 class TrainingTechnique(Technique):
     """A choice for the whole model: how a candidate is pruned and fine-tuned, not what its recipe asks of a layer."""
 
@@ -194,6 +238,21 @@ class TrainingTechnique(Technique):
     def penalty(self, choice: Choice) -> float:
         """Price of the estimated rate in the loss: nats per bit of an average original weight."""
         return 0.0
+
+    def term(self, choice: Choice, activations: Sequence[nn.Module]) -> Term | None:
+        """A new part of the loss. activations: the candidate's activation modules."""
+        return None
+
+    def exchanged(self, choice: Choice, layers: Sequence[SparseLayer]) -> list[float]:
+        """Shares of zeros of these layers, which may be exchanged between them at equal bits."""
+        return [layer.zeros for layer in layers]
+
+    def regrown(self, choice: Choice, mask: Tensor, weight: Tensor, gradient: Tensor, share: float) -> Tensor:
+        """Bool, as `mask`: with up to `share` of the weights that stay exchanged for others.
+
+        weight: float32, zero where it was pruned. gradient: float32, of all weights, also the pruned.
+        """
+        return mask
 
     def settle(self, choice: Choice, weights: IntegerWeights) -> Tensor:
         """Integer codes as float32, shape of `weights.scaled`: the rounding that the file will store.
@@ -248,6 +307,11 @@ def register(technique: Technique) -> None:
         _MASKINGS[technique.name] = technique
     elif isinstance(technique, TrainingTechnique):
         _TRAININGS[technique.name] = technique
+
+
+def techniques() -> Sequence[Technique]:
+    """All of them."""
+    return [*_STRUCTURES.values(), *_MASKINGS.values(), *_CODINGS.values(), *_TRAININGS.values()]
 
 
 def structures() -> Mapping[str, StructureTechnique]:

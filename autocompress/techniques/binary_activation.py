@@ -2,6 +2,9 @@
 
 Forward, both are the unit step. Backward, `step` passes the gradient where |x| is at most its mean
 (Courbariaux et al., BNN, 2016), `step-sigmoid` that of a sigmoid as steep at zero (Bengio et al., 2013).
+
+Not for functional calls, and modules with parameters such as PReLU; deep stacks of it need more epochs than
+a short fine-tuning has.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Deep Compression (Han et al., ICLR 2016): k-means finds the values, fine-tuning moves them by the summed
 gradients of the weights that share them, and the file holds places in the book, entropy coded. Places
 are counted from zero outwards, so that the coder sees them as it sees integers.
+
+Not for tensors of fewer than 16 weights: the book would be larger than what it saves.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Codebook(Coding):
     def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
         return _size(choice) - 1
 
-    def initial(self, weight: Tensor, choice: Choice) -> Tensor:
+    def initial(self, weight: Tensor, choice: Choice, clipping: str = "mse") -> Tensor:
         """k-means in one dimension (Lloyd, 1957) with one mean held at zero, from evenly spaced quantiles."""
         kept = weight.detach().float().flatten()
         kept = kept[kept != 0].sort().values

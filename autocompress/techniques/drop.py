@@ -3,14 +3,17 @@
 Residual networks behave like ensembles of paths and lose little with one of their blocks (Veit et al.,
 NeurIPS 2016); so do deep transformers with layers (Fan et al., LayerDrop, ICLR 2020). Possible where the
 output has the shape of the input, however channels are pruned.
+
+Not for modules whose output has another shape than their input, or would have once channels are pruned.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from autocompress.anatomy import Anatomy, Block, Run
+from autocompress.anatomy import Anatomy, Block
 from autocompress.replacement import Dropped
+from autocompress.task import Calibration
 from autocompress.techniques.structure import Structure, offer
 
 
@@ -23,7 +26,7 @@ class Drop(Structure):
     def fits(self, choice: str, block: Block, anatomy: Anatomy) -> bool:
         return block.droppable
 
-    def build(self, model: nn.Module, name: str, choice: str, run: Run) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
         return Dropped()
 
     def blank(self, module: nn.Module, choice: str) -> nn.Module:

@@ -6,6 +6,8 @@ Learning, 2022; torch rounds to them.
 `e8m5`, `e8m3` and `e8m2` keep the exponent of float32 (8 bits, of which entropy coding leaves two or three) and
 round the mantissa to 5, 3 or 2 bits: the same relative precision for large and small values, which the
 scales of norms need (the family of OCP's microscaling formats).
+
+Not for tensors of integers.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Floats(Coding):
     def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
         return 0
 
-    def initial(self, weight: Tensor, choice: Choice) -> Tensor:
+    def initial(self, weight: Tensor, choice: Choice, clipping: str = "mse") -> Tensor:
         return torch.empty(0)
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:

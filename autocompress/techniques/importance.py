@@ -5,22 +5,27 @@ ConvNets, ICLR 2017; Fang et al., DepGraph, CVPR 2023). `geometric-median`: filt
 go first (He et al., FPGM, CVPR 2019). `lamp`: norms relative to those that would stay (Lee et al., ICLR 2021).
 `activation`: share of positive outputs of the channel's layer, what a ReLU lets through, ties by their mean
 (Hu et al., Network Trimming, 2016; a norm between the two is not looked through). `kl`: change of the model's
-output distribution without the channel (Luo and Wu, 2020). `random`: the control.
+output distribution without the channel (Luo and Wu, 2020). `taylor`: first-order change of the loss without it
+(Molchanov et al., CVPR 2019). `gates`: hard-concrete gates on the channels are trained for a few steps with a price
+on open ones (Louizos et al., L0 regularisation, ICLR 2018); what closes first goes first. `random`: the control.
+
+Not for layers: it ranks channels. `taylor`, `gates` and `kl` need the outputs of a calibration batch to be tensors.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from autocompress.anatomy import ChannelGraph, Run
+from autocompress.anatomy import ChannelGraph
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
+from autocompress.task import Calibration
 from autocompress.techniques.base import TrainingTechnique, register
 
 
@@ -34,29 +39,32 @@ class Importance(TrainingTechnique):
     def about(self) -> str:  # type: ignore[override]
         return "which channels go first: " + ", ".join(_CRITERIA)
 
+    def examples(self) -> Sequence[Choice]:
+        return tuple(_CRITERIA)
+
     def parse(self, raw: Any) -> Choice:
         if raw not in _CRITERIA:
             raise SpaceError(f"choice {raw!r} does not exist; choose from {', '.join(_CRITERIA)}")
         return str(raw)
 
 
-def importance(criterion: str, graph: ChannelGraph, group: str, run: Run) -> Tensor:
-    """Float [channels] of a group of `graph`: more is more important. `run(model)` runs a calibration batch."""
+def importance(criterion: str, graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
+    """Float [channels] of a group of `graph`: more is more important. run: the calibration batches."""
     return _CRITERIA[criterion](graph, group, run)
 
 
-def _norm(measure: Callable[[Any], Any]) -> Callable[[ChannelGraph, str, Run], Tensor]:
+def _norm(measure: Callable[[Any], Any]) -> Callable[[ChannelGraph, str, Calibration], Tensor]:
     return lambda graph, group, run: graph.importance(group, measure)
 
 
-def _random(graph: ChannelGraph, group: str, run: Run) -> Tensor:
+def _random(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
     """The same for the same group, whatever else is random."""
     generator = torch.Generator().manual_seed(zlib.crc32(group.encode()))
     return torch.rand(graph.channels(group), generator=generator)
 
 
 @torch.no_grad()
-def _activation(graph: ChannelGraph, group: str, run: Run) -> Tensor:
+def _activation(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
     maker = graph.makers(group)[0]
     seen: list[Tensor] = []
 
@@ -74,7 +82,7 @@ def _activation(graph: ChannelGraph, group: str, run: Run) -> Tensor:
 
 
 @torch.no_grad()
-def _kl(graph: ChannelGraph, group: str, run: Run) -> Tensor:
+def _kl(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
     """Divergence of the output when the makers' channel is silent, one channel at a time."""
     makers = graph.makers(group)
     reference = _flat(run(graph.model))
@@ -89,6 +97,52 @@ def _kl(graph: ChannelGraph, group: str, run: Run) -> Tensor:
         p, q = reference.log_softmax(1), output.log_softmax(1)
         rise.append((p.exp() * (p - q)).sum(1).mean())
     return torch.stack(rise)
+
+
+def _taylor(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
+    """Needs gradients: those of the loss on a calibration batch."""
+    graph.model.zero_grad()
+    torch.autograd.backward(run.loss(graph.model))
+    try:
+        return graph.importance(group, tp.importance.GroupTaylorImportance(normalizer="mean"))
+    finally:
+        graph.model.zero_grad()
+
+
+_STEPS, _STRETCH, _SLOPE = 20, (-0.1, 1.1), 2 / 3
+"""Of training gates; ends of the stretched interval and temperature as in the paper."""
+
+
+def _gates(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
+    """Log odds of each gate after training. The price of an open gate is the same for all channels, so
+    it moves all alike and does not change their order."""
+    makers, count = graph.makers(group), graph.channels(group)
+    device = next(graph.model.parameters()).device
+    generator = torch.Generator().manual_seed(zlib.crc32(group.encode()))
+    odds = torch.full((count,), 2.0, device=device, requires_grad=True)
+    low, high = _STRETCH
+    for _ in range(_STEPS):
+        noise = torch.rand(count, generator=generator).clamp(1e-6, 1 - 1e-6).to(device)
+        soft = torch.sigmoid((noise.logit() + odds) / _SLOPE)
+        gates = (soft * (high - low) + low).clamp(0, 1)
+        handles = [maker.register_forward_hook(_scale(gates)) for maker in makers]
+        try:
+            (gradient,) = torch.autograd.grad(run.loss(graph.model), odds)
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad():
+            odds -= 0.2 * gradient * count**0.5 / gradient.norm().clamp_min(1e-12)
+    return odds.detach()
+
+
+def _scale(gates: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        shape = [1] * output.ndim
+        shape[_channel_dimension(module, output)] = len(gates)
+        return output * gates.view(shape)
+
+    return hook
 
 
 def _silence(channel: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -112,13 +166,15 @@ def _flat(output: Any) -> Tensor:
     return output.detach().float().flatten(1) if output.ndim > 1 else output.detach().float()[:, None]
 
 
-_CRITERIA: dict[str, Callable[[ChannelGraph, str, Run], Tensor]] = {
+_CRITERIA: dict[str, Callable[[ChannelGraph, str, Calibration], Tensor]] = {
     "l2": _norm(tp.importance.GroupMagnitudeImportance(p=2, normalizer="mean")),
     "l1": _norm(tp.importance.GroupMagnitudeImportance(p=1, normalizer="mean")),
     "geometric-median": _norm(tp.importance.FPGMImportance()),
     "lamp": _norm(tp.importance.LAMPImportance()),
     "activation": _activation,
     "kl": _kl,
+    "taylor": _taylor,
+    "gates": _gates,
     "random": _random,
 }
 

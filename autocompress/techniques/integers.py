@@ -2,6 +2,8 @@
 
 Learned step size quantisation (Esser et al., LSQ, ICLR 2020): the weight is `code * step` with `code`
 in [-2^(b-1), 2^(b-1) - 1]; rounding is straight-through, and the step has its own gradient.
+
+Not for tensors with values that are not finite.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Coded, Coding, register, straight_through
+from autocompress.techniques.clipping import FRACTIONS, clip_range
 
 _WIDTHS = range(8, 1, -1)
 _PER_CHANNEL = "-channel"
@@ -55,8 +58,8 @@ class Integers(Coding):
     def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
         return shape[0] if str(choice).endswith(_PER_CHANNEL) and len(shape) > 1 else 1
 
-    def initial(self, weight: Tensor, choice: Choice) -> Tensor:
-        """The steps of least squared error among 40 between 1/20 and all of the largest magnitude.
+    def initial(self, weight: Tensor, choice: Choice, clipping: str = "mse") -> Tensor:
+        """The steps of least squared error, or by `clipping`, among 40 between 1/20 and all of the largest magnitude.
 
         Zeros cost nothing under any step, so pruned tensors are fitted to what is left of them.
         """
@@ -68,7 +71,10 @@ class Integers(Coding):
         largest = torch.where(largest > 0, largest, largest.amax() if largest.any() else 1.0)
         rows = rows[:, :: rows.numel() // _SAMPLE + 1]
         low, high = _limits(choice)
-        steps = largest / high * torch.logspace(-1.3, 0, 40, device=rows.device)[:, None]
+        if clipping != "mse":
+            ranges = [clip_range(torch.cat([row, -row]), 2 * high, clipping)[1] for row in rows]
+            return (torch.stack(ranges) / high).clamp_min(torch.finfo(torch.float32).tiny).log2()
+        steps = largest / high * FRACTIONS.to(rows.device)[:, None]
         errors = [((rows / s[:, None]).round().clamp(low, high) * s[:, None] - rows).square().sum(1) for s in steps]
         best = torch.stack(errors).argmin(0)
         return steps.gather(0, best[None])[0].log2()

@@ -3,6 +3,9 @@
 `lowrank-0.25`: a quarter of the full rank, from the truncated singular value decomposition of the trained
 weight as [outputs, inputs x kernel] (Denton et al., NeurIPS 2014; a convolution becomes one of few filters
 and one of 1 x 1, Jaderberg et al., BMVC 2014). Both are trained on, pruned and quantised like any other.
+
+Not for embeddings, recurrent and attention layers, grouped and transposed convolutions, layers that share their weight
+or are not called as modules, and ranks that would not save weights.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Block, Run
+from autocompress.anatomy import Anatomy, Block
 from autocompress.replacement import Replacement
+from autocompress.task import Calibration
 from autocompress.techniques.structure import Structure, offer
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,7 +54,7 @@ class Factorise(Structure):
         return not block.grouped and _rank(choice, outputs, inputs) * (outputs + inputs) < outputs * inputs
 
     @torch.no_grad()
-    def build(self, model: nn.Module, name: str, choice: str, run: Run) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
         module = model.get_submodule(name)
         assert isinstance(module, (LowRank, *_KINDS))
         if isinstance(module, LowRank):

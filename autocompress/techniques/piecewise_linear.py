@@ -2,6 +2,8 @@
 
 Learned piecewise linear units (Agostinelli et al., APL, 2014), with knots evenly spaced over the range that
 the calibration batch shows. Beyond it the outer segments go on, so that the function does not saturate.
+
+Not for functional calls, and modules with parameters such as PReLU.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 Micikevicius et al., Mixed Precision Training, ICLR 2018. The file is the same kind of file; only the
 speed and the noise of training change.
+
+Not for float16 without CUDA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +23,9 @@ class Precision(TrainingTechnique):
     name = "precision"
     default = "float32"
     about = "arithmetic of fine-tuning: float32, bfloat16, or (on CUDA only) float16"
+
+    def examples(self) -> Sequence[Choice]:
+        return ("float32", "bfloat16", "float16")
 
     def parse(self, raw: Any) -> Choice:
         if raw not in ("float32", "bfloat16", "float16"):

@@ -2,10 +2,13 @@
 
 Rate-aware training makes files 2 to 3 times smaller with the same coder (Wiedemann et al., DeepCABAC,
 2019; Oktay et al., Scalable Model Compression, ICLR 2020).
+
+Not for float formats, whose rate the estimate takes as constant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from autocompress.recipe import Choice
@@ -16,6 +19,9 @@ class RatePenalty(TrainingTechnique):
     name = "rate_penalty"
     default = 0.0
     about = "price of a bit while fine-tuning; more makes smaller files"
+
+    def examples(self) -> Sequence[Choice]:
+        return (0.0, 0.2, 4.0)
 
     def parse(self, raw: Any) -> Choice:
         return number_in(raw, 0.0, 100.0, "give a price")

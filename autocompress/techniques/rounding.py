@@ -3,10 +3,13 @@
 After fine-tuning each weight lies between two codes. Nearest rounding takes the closer one; this takes
 the one of least loss + price x bits, with the loss from a diagonal second-order estimate (optimal brain
 damage, LeCun et al., 1990; rate-distortion optimised quantisation as in DeepCABAC, Wiedemann et al., 2019).
+
+Not for float formats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ class Rounding(TrainingTechnique):
     name = "rounding"
     default = 0.0
     about = "price of a bit when weights are rounded at the end; 0 rounds to the nearest"
+
+    def examples(self) -> Sequence[Choice]:
+        return (0.0, 0.1)
 
     def parse(self, raw: Any) -> Choice:
         return number_in(raw, 0.0, 100.0, "give a price")

@@ -3,6 +3,8 @@
 `fatrelu-0.8`: a ReLU that passes only what lies above a threshold, set so that 80% of the original's inputs
 fall below it and trained no further (Kurtz et al., FATReLU, ICML 2020). `topk-0.2`: of each sample the largest 20%
 pass (k-winners-take-all; Makhzani and Frey, 2013).
+
+Not for functional calls, and modules with parameters such as PReLU.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ sparse tensor cores compute with (Mishra et al., 2021). By threshold, `threshold
 standard deviation of their layer are cut (Han et al., 2015). Masks are drawn again while fine-tuning: a pruned
 weight keeps its value behind the mask and returns when others fall below it (dynamic network surgery, Guo
 et al., NeurIPS 2016).
+
+Not for layers of fewer than 16 weights and tensors of one dimension.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ class Sparsity(Masking):
     name = "sparsity"
     default = 0.0
     about = "share of the weights of a layer that is zero; or 2:4 (2 of each 4 stay), or threshold-0.5 (deviations)"
+
+    def examples(self) -> Sequence[Choice]:
+        return (0.0, 0.5, 0.95, "2:4", "threshold-0.5")
 
     def parse(self, raw: Any) -> Choice:
         if isinstance(raw, str):

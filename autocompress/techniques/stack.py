@@ -4,6 +4,9 @@
 `stack-2x0.5`. By importance, the first copy takes the first, third, ... channel, the second the others,
 with the weights between them; what the copies give is averaged. So a wide block of n x n weights becomes k of
 (n/k)^2. For the whole model it is an ensemble of narrow members (Zhao et al., Divide and Co-training, 2020).
+
+Not for single layers, blocks without channels of their own, blocks where the copies would have as many weights, and
+modules that do not make one tensor of one.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Block, ChannelGraph, Run, read_anatomy
+from autocompress.anatomy import Anatomy, Block, ChannelGraph, read_anatomy
 from autocompress.replacement import Replacement
+from autocompress.task import Calibration
 from autocompress.techniques.importance import importance
 from autocompress.techniques.structure import Structure, offer
 
@@ -50,7 +54,7 @@ class Narrow(Structure):
         widths = [group.channels for group in anatomy.groups if group.name in block.inner]
         return left < 0.95 * sum(anatomy.layer(name).numel for name in block.layers) and min(widths) * share >= 2
 
-    def build(self, model: nn.Module, name: str, choice: str, run: Run) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
         (count, share), copies = _parts(choice), []
         inner = next(block.inner for block in read_anatomy(model, run).blocks if block.name == name)
         for number in range(count):

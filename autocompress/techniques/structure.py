@@ -2,6 +2,8 @@
 
 Other files of this folder `offer` what may stand there. Layers are named as everywhere; a block by the
 name of its module; the whole model by `model`, in that section of a space.
+
+Not for modules that run more than once or not at all, and those that share a weight with a module outside.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from autocompress.anatomy import Anatomy, Block, Run
+from autocompress.anatomy import Anatomy, Block
 from autocompress.errors import SpaceError
 from autocompress.recipe import MODEL, Choice
 from autocompress.replacement import replaced
+from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register
 
 _KEEP = "keep"
@@ -40,7 +43,7 @@ class Structure(ABC):
         """Whether `block` can be rebuilt so, and has fewer weights then."""
 
     @abstractmethod
-    def build(self, model: nn.Module, name: str, choice: str, run: Run) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
         """What stands in for the trained module `name` ("": all of `model`), initialised from it."""
 
     @abstractmethod
@@ -77,6 +80,12 @@ class Structures(StructureTechnique):
         offered = ", ".join(structure.example for structure in _OFFERS)
         return f"what stands in place of a layer, of a block or of the whole model: {_KEEP}, or {offered}"
 
+    def examples(self) -> Sequence[Choice]:
+        return (_KEEP, *(structure.example for structure in _OFFERS))
+
+    def file_of(self, example: Choice) -> str:
+        return __name__ if example == _KEEP else type(_structure(example)).__module__
+
     def parse(self, raw: Any) -> Choice:
         try:
             if raw != _KEEP:
@@ -107,7 +116,11 @@ class Structures(StructureTechnique):
         )
 
     def apply(
-        self, model: nn.Module, chosen: Mapping[str, Choice], run: Run, options: Mapping[str, Choice] | None = None
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, Choice],
+        run: Calibration,
+        options: Mapping[str, Choice] | None = None,
     ) -> nn.Module:
         for site, choice in chosen.items():
             name = "" if site == MODEL else site

@@ -3,6 +3,8 @@
 `ternary`: zero below a threshold of 0.7 mean magnitudes (Li and Liu, TWN, 2016), else one of two learned
 scales, one for each sign (Zhu et al., TTQ, ICLR 2017). `binary`: sign times one scale, the mean magnitude
 at first (Rastegari et al., XNOR-Net, ECCV 2016). Weights that pruning set to zero stay zero in both.
+
+Not for tensors of one value, which are stored as a constant anyway.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Ternary(Coding):
     def parameters(self, choice: Choice, shape: tuple[int, ...]) -> int:
         return 2 if choice == "ternary" else 1
 
-    def initial(self, weight: Tensor, choice: Choice) -> Tensor:
+    def initial(self, weight: Tensor, choice: Choice, clipping: str = "mse") -> Tensor:
         """The mean magnitude of what is not zero after rounding."""
         w = weight.detach().float()
         codes = _round(w / _unit(w, choice))

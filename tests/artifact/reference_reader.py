@@ -26,6 +26,7 @@ CHOICES: list[list[str]] = [
     [*(f"int{b}" for b in BITS), *(f"int{b}-channel" for b in BITS)],
     ["ternary", "binary"],
     [f"codebook-{k}" for k in (256, 128, 64, 32, 16, 8, 4)],
+    ["filters-0.75", "filters-0.5", "filters-0.25"],
 ]
 
 
@@ -355,7 +356,21 @@ def layout(choice: str) -> tuple[int, int]:
         return FLOATS[choice]
     if choice.startswith("codebook"):
         return 0, int(choice.split("-")[1]).bit_length() - 1
+    if choice.startswith("filters"):
+        return 0, 3
     return 0, int(choice[3]) - 1 if choice.startswith("int") else 0
+
+
+def repeated(stream: Stream, choice: str, shape: list[int]) -> list[int]:
+    """Codes of a tensor, each of its rows once when filters are shared."""
+    if not choice.startswith("filters") or len(shape) < 2:
+        return codes(stream, shape, layout(choice)[1])
+    rows: list[int] = []
+    for _ in range(shape[0]):
+        rows.append(stream.number())
+    flat = codes(stream, [max(rows) + 1, *shape[1:]], layout(choice)[1])
+    size = math.prod(shape[1:])
+    return [code for row in rows for code in flat[row * size : (row + 1) * size]]
 
 
 def read(data: bytes, dictionary: bytes) -> Iterator[tuple[str, str, list[int], list[int] | None, list[float]]]:
@@ -381,4 +396,4 @@ def read(data: bytes, dictionary: bytes) -> Iterator[tuple[str, str, list[int], 
         elif choice in FLOATS:
             yield name, choice, shape, floats(stream, math.prod(shape), *FLOATS[choice]), own
         else:
-            yield name, choice, shape, codes(stream, shape, layout(choice)[1]), own
+            yield name, choice, shape, repeated(stream, choice, shape), own

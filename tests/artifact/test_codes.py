@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from autocompress.artifact.coder import Array, CoderState, Scan
 from autocompress.artifact.codes import read_codes, vertical, write_codes
+from autocompress.probing import coded_bytes
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=1, max_side=9)
 gappy = st.sampled_from([0, 0, -5, 7, 40, -128, 127])
@@ -63,3 +66,30 @@ def test_a_matrix_is_turned_when_that_is_cheaper() -> None:
     codes = np.rint(smooth * 1.5).astype(np.int32).clip(-16, 15)
     assert len(written(codes, 4)) < 0.95 * plain(codes, 4)
     assert abs(len(written(codes.T.copy(), 4)) - len(written(codes, 4))) < 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes.flatmap(lambda s: hnp.arrays(np.int32, s, elements=st.integers(-7, 7))), st.data())
+def test_repeated_rows_are_written_once(codes: Array, data: st.DataObject) -> None:
+    if codes.ndim:
+        codes = codes[data.draw(st.lists(st.integers(0, len(codes) - 1), min_size=1, max_size=30))]
+    state = CoderState()
+    write_codes(state, codes, 0, 3, repeats=True)
+    assert np.array_equal(read_codes(CoderState(state.finish()), codes.shape, 0, 3, repeats=True), codes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(500, 20_000), st.floats(0, 0.999), st.integers(0, 99))
+def test_no_other_way_to_store_a_sparse_tensor_is_smaller(size: int, zeros: float, seed: int) -> None:
+    """Dense, as a bitmap, or as gaps (Rice codes of the best parameter), each with packed 4-bit values: what the
+    coder spends on zeros follows how many there are, so nothing is stored dense if sparse is smaller."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, math.isqrt(size // 4))
+    codes = np.clip(np.round(generator.laplace(0, 2, (rows, size // rows))), -7, 7).astype(np.int32)
+    codes[codes == 0] = 1
+    codes[generator.random(codes.shape) < zeros] = 0
+    nonzero = np.flatnonzero(codes)
+    gaps = np.diff(nonzero, prepend=-1) - 1
+    positions = min(int(((gaps >> k) + 1 + k).sum()) for k in range(16))
+    best = min(4 * codes.size, codes.size + 4 * len(nonzero), positions + 4 * len(nonzero)) / 8
+    assert coded_bytes(codes, 0, 3) <= best + 5  # bytes of the peers' counts and parameters, which they need too

@@ -26,7 +26,7 @@ OFFERED = ["relu6", "hardswish", "piecewise-8", "step", "step-sigmoid", "fatrelu
 
 def candidate_of(task: Task, choices: dict[str, Choice]) -> Candidate:
     workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
-    return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.run_once)
+    return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
 
 
 def replaced(choice: str, old: nn.Module, inputs: Tensor) -> nn.Module:

@@ -25,7 +25,7 @@ def candidate_of(task: Task, choices: dict[str, Choice]) -> Candidate:
     """Every layer with the same choices, as dimension -> choice."""
     workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
     named = {f"{layer.name}:{name}": choice for layer in workshop.anatomy.layers for name, choice in choices.items()}
-    return Candidate(workshop.original, workshop.anatomy, Recipe.of(named), workshop.run_once)
+    return Candidate(workshop.original, workshop.anatomy, Recipe.of(named), workshop.calibration)
 
 
 @pytest.mark.parametrize("coding", CODINGS)

@@ -31,7 +31,7 @@ def workshop_of(task: Task) -> Workshop:
 def candidate_of(workshop: Workshop, choices: dict[str, Choice], parent: Candidate | None = None) -> Candidate:
     state, recipe = (parent.state(), parent.recipe) if parent else (None, None)
     return Candidate(
-        workshop.original, workshop.anatomy, Recipe.of(choices), workshop.run_once, state, parent_recipe=recipe
+        workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration, state, parent_recipe=recipe
     )
 
 

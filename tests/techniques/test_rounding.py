@@ -55,7 +55,7 @@ def test_a_price_on_rounding_makes_the_file_smaller_and_keeps_the_pruned() -> No
         task = small_digits()
         workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
         choices = {"1:weights": "int5", "3:weights": "int5", "1:sparsity": 0.5, "model:rounding": price}
-        candidate = Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.run_once)
+        candidate = Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
         for _ in fine_tune(task, candidate, task.build(), 6):
             pass
         mask = candidate.layers["1"].mask
