@@ -11,11 +11,13 @@ import lzma
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from autocompress import Task
@@ -129,6 +131,20 @@ def _pretrain(train: Batches, epochs: int, peak: float) -> Callable[[nn.Module],
     return pretrain
 
 
+def _kept(path: Path, pretrain: Callable[[nn.Module], object] | None) -> Callable[[nn.Module], None]:
+    """`pretrain` whose result is kept in `path` and read from there the next time."""
+    assert pretrain is not None
+
+    def load_or_train(model: nn.Module) -> None:
+        if not path.is_file():
+            pretrain(model)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_model(model, str(path))
+        load_model(model, str(path))
+
+    return load_or_train
+
+
 def _task(
     name: str,
     data: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -164,6 +180,12 @@ def lenet_300_100() -> Task:
 def lenet5() -> Task:
     """MNIST; trials train on the first 10,000 images."""
     return _task("lenet5", mnist(), lenet5_net, lambda x: x, 55_000, 3, 10_000, 3, VALIDATION)
+
+
+def lenet5_short() -> Task:
+    """As `lenet5`, for many searches: 2 epochs a trial, and an original that is trained once and kept in runs/."""
+    task = _task("lenet5", mnist(), lenet5_net, lambda x: x, 55_000, 3, 10_000, 2, VALIDATION)
+    return replace(task, pretrain=_kept(Path("runs") / "bench-originals" / "lenet5.safetensors", task.pretrain))
 
 
 def resnet20() -> Task:

@@ -35,8 +35,16 @@ WALK, POLISH = 0.5, 0.85
 """Shares of the budget at which the walk ends and polishing begins."""
 _FEWEST, _LONGEST = 6, 0.35
 """Steps of the walk of a small budget, and the smallest share of its bytes that one step leaves."""
+_PLANNED = ("channels", "sparsity", "weights")
+"""Dimensions that step from one choice to the next."""
 _REACH = 3
 """Levels that one dimension may move in one step."""
+
+
+def _rebuilds(dimension: str) -> bool:
+    """Whether its choices take something away for good, in ways that shapes alone do not tell."""
+    technique = structures().get(dimension)
+    return technique is not None and technique.permanent and technique.restores
 
 
 class Point:
@@ -52,17 +60,9 @@ class Point:
 
     @cached_property
     def rebuilt(self) -> list[tuple[str, str]]:
-        """(dimension, site) of what was rebuilt for good in ways that shapes alone do not tell."""
-        made = [
-            (key.rpartition(":")[2], key.rpartition(":")[0], choice)
-            for key, choice in without_void(self.chosen).items()
-        ]
-        known = structures()
-        return [
-            (name, site)
-            for name, site, choice in made
-            if name in known and known[name].permanent and known[name].restores and choice != known[name].default
-        ]
+        """(dimension, site) of the parts that are not as they were."""
+        made = [(key.rpartition(":")[2], key.rpartition(":")[0], c) for key, c in without_void(self.chosen).items()]
+        return [(name, site) for name, site, c in made if _rebuilds(name) and c != structures()[name].default]
 
 
 class FrontierSampler(BaseSampler):
@@ -89,6 +89,10 @@ class FrontierSampler(BaseSampler):
         )
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in profile.space}
+        rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
+        # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
+        # back: where there are other ways to fewer bytes it is not planned, but tried, one part at a time
+        self.tried = rebuilding if any(d.name in _PLANNED for d in profile.space) else []
 
     # ------------------------------------------------------------ Optuna's protocol
 
@@ -193,10 +197,23 @@ class FrontierSampler(BaseSampler):
         smaller = [p for p in front if p.size < parent.size]
         if kind < 0.2 and smaller:
             return self._crossover(parent, smaller[-1], done, rng)
+        if kind > 0.9 and self.tried:
+            return self._rebuild(parent, done, rng)
         target = parent.size * (max(room, 0.6) ** 0.5 if kind < 0.75 else 0.97)
         if self.max_size_bytes is not None and parent.size > self.max_size_bytes:
             target = min(target, self.max_size_bytes * 0.97)
         return self._step(done, target, rng, noise=0.4, parent=parent)
+
+    def _rebuild(
+        self, parent: Point, done: Sequence[Point], rng: random.Random
+    ) -> tuple[dict[str, Choice], int | None, float, float]:
+        """The parent with another structure of one part."""
+        key = rng.choice(self.tried)
+        others = [c for c in self.dimensions[key].choices if c != parent.chosen[key] and self._follows(key, parent, c)]
+        chosen = {**parent.chosen, key: rng.choice(others)} if others else dict(parent.chosen)
+        self._train_choices(chosen, parent, rng)
+        predicted = self.profile.predict(chosen) * self._correction(done, parent)
+        return chosen, parent.number, predicted, predicted
 
     def _crossover(
         self, larger: Point, smaller: Point, done: Sequence[Point], rng: random.Random
@@ -327,29 +344,28 @@ class FrontierSampler(BaseSampler):
         """Choices within reach of the parent's: heavier ones, and lighter ones when refining."""
         allowed = {}
         for key, d in self.dimensions.items():
-            if d.name in trainings():
+            if d.name in trainings() or key in self.tried:
                 continue
             if parent is None:
                 allowed[key] = d.choices
                 continue
             at = d.choices.index(parent.chosen[key])
-            low = 0 if d.name not in ("sparsity", "weights") else at
+            low = at if d.name in ("sparsity", "weights") else 0
             if both_ways and d.name in ("sparsity", "weights"):
                 low = max(0, at - 1)
-            high = at + 1 + _REACH if d.name in ("channels", "sparsity", "weights") else len(d.choices)
+            high = at + 1 + _REACH if d.name in _PLANNED else len(d.choices)
             near = d.choices[low:high]
             allowed[key] = tuple(choice for choice in near if self._follows(key, parent, choice))
         return allowed
 
     def _train_choices(self, chosen: dict[str, Choice], parent: Point | None, rng: random.Random) -> None:
-        """Choices without a measurable effect are inherited and sometimes changed."""
-        for key, d in self.dimensions.items():
-            if d.name not in trainings():
-                continue
+        """Choices without a measurable effect are inherited and sometimes changed, few at a time."""
+        training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
+        for key, d in training.items():
             if parent is None:
                 numeric = all(isinstance(choice, (int, float)) for choice in d.choices)
-                chosen[key] = d.choices[len(d.choices) // 2 if numeric else 0]
-            elif rng.random() < 0.2:
+                chosen[key] = d.choices[(len(d.choices) - 1) // 2 if numeric else 0]
+            elif rng.random() < min(0.2, 0.8 / len(training)):
                 chosen[key] = rng.choice(d.choices)
             else:
                 chosen[key] = parent.chosen[key]
