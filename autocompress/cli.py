@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autocompress.errors import AutocompressError, RunError, TargetError
+from autocompress.front import ParetoFront
 from autocompress.version import __version__
 
 app = typer.Typer(
@@ -129,9 +131,21 @@ def search(
     elif quiet:
         sys.stdout.write(f"{front.folder}\n")
     else:
-        out.print(front.table())
+        _print_front(front)
         out.print(
             f"run folder: {front.folder}\npicture:    {front.folder / 'front.png'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _print_front(front: ParetoFront) -> None:
+    out.print(front.table())
+    gap = front.overfitting()
+    if not math.isnan(gap):
+        judged = "worse" if gap > 0 else "better"
+        out.print(
+            f"against the original, files are {abs(gap):.4f} {judged} on test than on validation (mean of the front)",
             highlight=False,
             soft_wrap=True,
         )
@@ -150,7 +164,7 @@ def show(
     if as_json:
         print_json(front.to_json())
     else:
-        out.print(front.table())
+        _print_front(front)
 
 
 def _show_artifact(path: Path, as_json: bool) -> None:

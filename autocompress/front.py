@@ -130,6 +130,20 @@ class ParetoFront:
         rise = [(a - accuracies[0]) / height - (s - sizes[0]) / width for s, a in zip(sizes, accuracies, strict=True)]
         return self.points[rise.index(max(rise))]
 
+    def overfitting(self) -> float:
+        """How much the search has fitted the validation split: the mean loss of accuracy of the front's files
+        against the original on the test split, less that on the validation split; NaN before the test.
+
+        About zero when selection was honest to unseen data; 0.01 means that files are a point worse on test
+        than selection on validation made them look.
+        """
+        gaps = [
+            (self.base.test_accuracy - p.test_accuracy) - (self.base.val_accuracy - p.val_accuracy)
+            for p in self.points
+            if p.test_accuracy is not None
+        ]
+        return sum(gaps) / len(gaps) if gaps else math.nan
+
     def table(self) -> Table:
         """A rich table, largest file first."""
         from autocompress.report.table import front_table

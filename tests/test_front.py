@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,15 @@ def test_best_within_constraints() -> None:
         f.best(max_size=10)
     with pytest.raises(TargetError, match=r"at most 6 KB: the best has 0.9500"):
         f.best(max_size="6KB", min_accuracy=0.97)
+
+
+def test_overfitting_is_what_selection_gained_on_validation_alone() -> None:
+    """The original is at 0.99 and 0.98, each file at a and a - 0.01: the same gap, so nothing was overfitted."""
+    honest = front((1000, 0.8), (5000, 0.95))
+    assert honest.overfitting() == pytest.approx(0)
+    lucky = replace(honest, points=tuple(replace(p, val_accuracy=p.val_accuracy + 0.02) for p in honest))
+    assert lucky.overfitting() == pytest.approx(0.02)
+    assert math.isnan(replace(honest, points=(replace(honest.points[0], test_accuracy=None),)).overfitting())
 
 
 def test_knee_is_where_accuracy_starts_to_fall_fast() -> None:

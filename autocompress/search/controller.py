@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -384,10 +385,10 @@ class Controller:
         assert self.study is not None
         done = self.study.complete()
         running = {t.user_attrs.get("parent") for t in self.study.trials(TrialState.RUNNING)}
-        for trial in done:
-            size, accuracy = trial.values
-            beaten = any(o.values[0] <= size and o.values[1] > accuracy + 0.02 for o in done)
-            if beaten and trial.number not in running:
+        best = -math.inf
+        for trial in sorted(done, key=lambda trial: trial.values[0]):
+            best = max(best, trial.values[1])
+            if best > trial.values[1] + 0.02 and trial.number not in running:
                 (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
 
     def _front(self, final: bool) -> ParetoFront:

@@ -1,66 +1,139 @@
-"""From effects and bytes to recipes: the cheapest distortion for a given size.
+"""From effects and bytes to recipes: the least distortion for a given size.
 
-For a price per byte every dimension picks the choice of least effect + price x bytes (Lagrangian
-bit allocation, Shoham and Gersho, 1988); the price is found by bisection on the predicted bytes.
+A multiple-choice knapsack: each layer picks one combination of its choices, each channel group one share, and
+so on. For a price per byte all layers at once pick what has least effect + price x bytes (Lagrangian bit
+allocation, Shoham and Gersho, 1988); groups, which share layers, follow one after the other (coordinate descent).
+The price is found by bisection on the predicted bytes. What is left below the target is filled with the
+single changes that gain most effect a byte: between two prices lie recipes that no price picks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from autocompress.recipe import Choice
-from autocompress.search.profile import Profile
+from autocompress.search.profile import Floats, Profile
 
 Effects = Mapping[str, Mapping[str, float]]
 Allowed = Mapping[str, tuple[Choice, ...]]
+_SWEEPS, _HALVINGS, _HIGHEST = 3, 20, 1e6
 
 
 def plan(
-    profile: Profile,
-    effects: Effects,
-    target_bytes: float,
-    start: Mapping[str, Choice],
-    allowed: Allowed,
-    predict: Callable[[Mapping[str, Choice]], float] | None = None,
+    profile: Profile, effects: Effects, target_bytes: float, start: Mapping[str, Choice], allowed: Allowed
 ) -> dict[str, Choice]:
     """The recipe of least total effect whose predicted bytes are at most `target_bytes`.
 
-    start: the point to leave from; what is not in `allowed` stays as there. predict: bytes of a recipe,
-    `profile.predict` unless a better calibrated one is at hand. When even the heaviest allowed choices
-    are larger than the target, these are returned.
+    start: the point to leave from; what is not in `allowed` stays as there. When even the heaviest allowed
+    choices are larger than the target, these are returned.
     """
-    predict = predict or profile.predict
+    knapsack = _Knapsack(profile, effects, start, allowed)
     low, high = 0.0, 1e-9
-    best = _relax(profile, effects, high, start, allowed)
-    while predict(best) > target_bytes and high < 1e6:
+    while knapsack.pick(high) > target_bytes and high < _HIGHEST:
         low, high = high, high * 10
-        best = _relax(profile, effects, high, best, allowed)
-    for _ in range(14):
+    best = knapsack.copy()
+    for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5 if low else high / 2
-        tried = _relax(profile, effects, middle, best, allowed)
-        if predict(tried) > target_bytes:
+        if knapsack.pick(middle) > target_bytes:
             low = middle
         else:
-            high, best = middle, tried
-    return best
+            high, best = middle, knapsack.copy()
+    best.fill(target_bytes)
+    return best.chosen()
 
 
-def _relax(
-    profile: Profile, effects: Effects, price: float, start: Mapping[str, Choice], allowed: Allowed
-) -> dict[str, Choice]:
-    """Coordinate descent on effect + price x bytes from `start`."""
-    chosen = dict(start)
-    for _ in range(3):
-        changed = False
-        for key, choices in allowed.items():
-            known = effects.get(key, {})
-            present = chosen[key]
-            costs = []
-            for choice in choices:
-                chosen[key] = choice
-                costs.append(known.get(str(choice), 0.0) + price * profile.affected_bytes(key, chosen))
-            chosen[key] = choices[costs.index(min(costs))]
-            changed = changed or chosen[key] != present
-        if not changed:
-            break
-    return chosen
+class _Knapsack:
+    """A recipe that moves. combination: int [rows]. place: key -> choice of each dimension that scales rows or
+    changes no bytes."""
+
+    def __init__(self, profile: Profile, effects: Effects, start: Mapping[str, Choice], allowed: Allowed) -> None:
+        table = profile.table
+        self.profile, self.rows = profile, np.arange(len(table))
+        self.effect = np.where(np.isfinite(table), 0.0, np.inf)
+        """float64 [rows, combinations]; infinite where a choice is not allowed."""
+        self.bytes = np.where(np.isfinite(table), table, 0.0)
+        self.effects: dict[str, Floats] = {}
+        self.place: dict[str, int] = {}
+        for key, dimension in profile.dimensions.items():
+            known, offered = effects.get(key, {}), allowed.get(key, (start[key],))
+            costs = np.array([known.get(str(c), 0.0) if c in offered else np.inf for c in dimension.choices])
+            if key in profile.own:
+                own = profile.own[key]
+                self.effect[own.row] += costs[own.digits(table.shape[1])]
+            else:
+                self.effects[key] = costs
+                self.place[key] = profile.places[key][start[key]]
+                if key not in profile.scalers and key in allowed:
+                    self.place[key] = int(costs.argmin())
+        self.combination = profile.combinations(start)
+        self.scale = profile.scale(start)
+
+    def copy(self) -> _Knapsack:
+        twin: _Knapsack = object.__new__(_Knapsack)
+        vars(twin).update(vars(self))
+        twin.combination, twin.place, twin.scale = self.combination.copy(), dict(self.place), self.scale.copy()
+        return twin
+
+    def chosen(self) -> dict[str, Choice]:
+        """key -> choice, for every dimension."""
+        places = {
+            key: int(self.combination[own.row]) // own.stride % own.count for key, own in self.profile.own.items()
+        }
+        return {key: d.choices[places.get(key, self.place.get(key, 0))] for key, d in self.profile.dimensions.items()}
+
+    def total(self) -> float:
+        """Predicted bytes."""
+        return self.profile.header_bytes + float((self.bytes[self.rows, self.combination] * self.scale).sum())
+
+    def pick(self, price: float) -> float:
+        """Move to what has least effect + price x bytes; the predicted bytes there."""
+        for _ in range(_SWEEPS):
+            before = self.combination, dict(self.place)
+            self.combination = (self.effect + price * self.scale[:, None] * self.bytes).argmin(1)
+            now = self.bytes[self.rows, self.combination] * self.scale
+            for key, scaler in self.profile.scalers.items():
+                factors = scaler.factors / scaler.factors[self.place[key]]
+                self._move(key, int((self.effects[key] + price * (factors @ now[scaler.rows])).argmin()), now)
+            if self.place == before[1] and np.array_equal(self.combination, before[0]):
+                break
+        return self.total()
+
+    def _move(self, key: str, place: int, now: Floats) -> None:
+        if place != self.place[key]:
+            scaler = self.profile.scalers[key]
+            ratio = scaler.factors[place] / scaler.factors[self.place[key]]
+            self.scale[scaler.rows] *= ratio
+            now[scaler.rows] *= ratio
+            self.place[key] = place
+
+    def fill(self, target_bytes: float) -> None:
+        """Take single changes of less effect while they fit, those of most effect a byte first."""
+        for _ in range(len(self.rows) + len(self.place)):
+            room = target_bytes - self.total()
+            now = self.bytes[self.rows, self.combination] * self.scale
+            gain = self.effect[self.rows, self.combination][:, None] - self.effect
+            more = self.bytes * self.scale[:, None] - now[:, None]
+            worth = _worth(gain, more, room)
+            row, combination = np.unravel_index(worth.argmax(), worth.shape)
+            best, change = float(worth[row, combination]), (int(row), int(combination))
+            moved: tuple[str, int] | None = None
+            for key, scaler in self.profile.scalers.items():
+                costs, present = self.effects[key], self.place[key]
+                extra = (scaler.factors / scaler.factors[present] - 1) @ now[scaler.rows]
+                worth = _worth(costs[present] - costs, extra, room)
+                if worth.max() > best:
+                    best, moved = float(worth.max()), (key, int(worth.argmax()))
+            if best <= 0:
+                return
+            if moved:
+                self._move(*moved, now)
+            else:
+                self.combination[change[0]] = change[1]
+
+
+def _worth(gain: Any, more: Any, room: float) -> Any:
+    """Effect that is saved for each byte more; nothing where it does not fit."""
+    return np.where((gain > 1e-12) & np.isfinite(gain) & (more <= room), gain / np.maximum(more, 1e-3), 0.0)

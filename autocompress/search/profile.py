@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.anatomy import Anatomy, Memberships
 from autocompress.recipe import MODEL, Choice
@@ -13,82 +17,111 @@ from autocompress.techniques.base import structures
 
 Chosen = Mapping[str, Choice]
 """key ("site:dimension") -> choice, complete: one for every dimension of the space."""
+Floats = NDArray[np.float64]
+_LEAST = 1e-6
+"""Share of a row's bytes that is left of what was dropped: never zero, so that it can be divided by."""
 
 
 @dataclass(frozen=True)
-class LayerCost:
-    """groups: keys of channel groups that scale it. keys: dimensions that its bytes were measured for.
-    left: key of a structure -> str(choice) -> share of its weights that this leaves."""
+class Own:
+    """Where a dimension stands among the combinations of its row: choice = combination // stride % count."""
 
-    name: str
-    groups: Memberships
-    keys: tuple[str, ...]
-    table: Mapping[str, float]
-    left: Mapping[str, Mapping[str, float]]
+    row: int
+    stride: int
+    count: int
+
+    def digits(self, combinations: int) -> NDArray[np.intp]:
+        """int [combinations]: the choice that each has."""
+        return np.arange(combinations) // self.stride % self.count
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """A dimension that scales bytes. rows: int [n]. factors: float64 [choices, n], each above zero."""
+
+    rows: NDArray[np.intp]
+    factors: Floats
 
 
 class Profile:
     """Predicts the bytes of any recipe and holds the effects of single choices.
 
-    effects: key -> str(choice) -> rise of the output distance. Bytes of a layer come from coding its
-    weights with every combination of its own choices, scaled by the channels that stay.
+    effects: key -> str(choice) -> rise of the output distance. The bytes of a file are those of its header and
+    of rows (one a layer, and one for all vectors that the same channels shape). table: float64
+    [rows, combinations], bytes of a row for each combination of its own choices, coded without training; rows
+    with fewer combinations are filled up with infinity. own, scalers: what each key does to the rows. Keys in neither
+    change no bytes.
     """
 
     def __init__(self, space: BoundSpace, anatomy: Anatomy, measured: Mapping[str, Any]) -> None:
         self.space = space
         self.effects: dict[str, dict[str, float]] = {k: dict(v) for k, v in measured["effects"].items()}
         self.header_bytes = float(measured["header_bytes"])
-        self._vector_bytes: Mapping[str, float] = measured["vector_bytes"]
-        self._vectors = anatomy.vectors
-        self._vector_total = max(1, sum(count for count, _ in anatomy.vectors))
-        grouped = {d.site for d in space if d.name == "channels"}
-        self.layers: dict[str, LayerCost] = {}
-        for layer in anatomy.layers:
-            # the order of the keys is the order in which the table was measured
-            keys = tuple(d.key for d in space if d.site == layer.name and d.name not in structures())
-            groups = tuple((f"{group}:channels", part) for group, part in layer.groups if group in grouped)
-            left = {
-                key: {choice: shares.get(layer.name, 1.0) for choice, shares in choices.items()}
-                for key, choices in measured["weights_left"].items()
-                if any(layer.name in shares for shares in choices.values())
-            }
-            self.layers[layer.name] = LayerCost(layer.name, groups, keys, measured["layer_bytes"][layer.name], left)
-        self.touches: dict[str, list[str]] = {d.key: [] for d in space}
-        for cost in self.layers.values():
-            for key in {*cost.keys, *dict(cost.groups), *cost.left}:
-                self.touches[key].append(cost.name)
+        self.dimensions: dict[str, BoundDimension] = {d.key: d for d in space}
+        self.places = {d.key: {choice: i for i, choice in enumerate(d.choices)} for d in space}
+        self.own: dict[str, Own] = {}
+        rows: list[list[float]] = []
+        factors: dict[str, dict[int, Floats]] = {}
 
-    def layer_bytes(self, name: str, chosen: Chosen) -> float:
-        cost = self.layers[name]
-        size = cost.table["|".join(str(chosen[key]) for key in cost.keys)]
-        for key, part in cost.groups:
-            size *= 1 - part * (1 - float(chosen[key]))
-        for key, shares in cost.left.items():
-            size *= shares[str(chosen[key])]
-        return size
+        def scale(key: str, by: Floats) -> None:
+            known = factors.setdefault(key, {})
+            known[len(rows) - 1] = known.get(len(rows) - 1, np.ones(len(by))) * by
 
-    def vector_bytes(self, chosen: Chosen) -> float:
-        key = f"{MODEL}:vectors"
-        size = self._vector_bytes[str(chosen[key])] if key in chosen else next(iter(self._vector_bytes.values()))
-        kept = 0.0
-        for count, groups in self._vectors:
-            share = 1.0
+        def scale_by_channels(groups: Memberships) -> None:
             for group, part in groups:
-                share *= 1 - part * (1 - float(chosen.get(f"{group}:channels", 1.0)))
-            kept += count * share
-        return size * kept / self._vector_total
+                key = f"{group}:channels"
+                if key in self.dimensions:
+                    kept = np.array(self.dimensions[key].choices, np.float64)
+                    scale(key, 1 - part * (1 - kept))
+
+        for layer in anatomy.layers:
+            # the order of the keys is the order in which the table was measured, the last one fastest
+            rows.append(list(measured["layer_bytes"][layer.name].values()))
+            stride = 1
+            for d in reversed([d for d in space if d.site == layer.name and d.name not in structures()]):
+                self.own[d.key] = Own(len(rows) - 1, stride, len(d.choices))
+                stride *= len(d.choices)
+            scale_by_channels(layer.groups)
+            for key, left in measured["weights_left"].items():
+                shares = [left[str(choice)].get(layer.name, 1.0) for choice in self.dimensions[key].choices]
+                if min(shares) < 1:
+                    scale(key, np.array(shares))
+        vectors = np.array(list(measured["vector_bytes"].values()))
+        total = max(1, sum(count for count, _ in anatomy.vectors))
+        counts: dict[Memberships, int] = {}
+        for count, groups in anatomy.vectors:
+            counts[groups] = counts.get(groups, 0) + count
+        for groups, count in counts.items():
+            rows.append([float(vectors[0]) * count / total])
+            scale_by_channels(groups)
+            if f"{MODEL}:vectors" in self.dimensions:
+                scale(f"{MODEL}:vectors", vectors / vectors[0])
+        self.table = np.full((len(rows), max(map(len, rows))), math.inf)
+        for at, row in enumerate(rows):
+            self.table[at, : len(row)] = row
+        self.scalers = {
+            key: Scaler(np.array(list(known)), np.maximum(np.stack(list(known.values()), 1), _LEAST))
+            for key, known in factors.items()
+        }
+
+    def combinations(self, chosen: Chosen) -> NDArray[np.intp]:
+        """int [rows]: the combination that each row has in a recipe."""
+        combinations = np.zeros(len(self.table), np.intp)
+        for key, own in self.own.items():
+            combinations[own.row] += own.stride * self.places[key][chosen[key]]
+        return combinations
+
+    def scale(self, chosen: Chosen) -> Floats:
+        """float64 [rows]: what other dimensions multiply the bytes of each row by."""
+        scale = np.ones(len(self.table))
+        for key, scaler in self.scalers.items():
+            scale[scaler.rows] *= scaler.factors[self.places[key][chosen[key]]]
+        return scale
 
     def predict(self, chosen: Chosen) -> float:
         """Bytes of the file of this recipe, before any training."""
-        layers = sum(self.layer_bytes(name, chosen) for name in self.layers)
-        return self.header_bytes + self.vector_bytes(chosen) + layers
-
-    def affected_bytes(self, key: str, chosen: Chosen) -> float:
-        """The part of `predict` that the choice of `key` can change."""
-        size = sum(self.layer_bytes(name, chosen) for name in self.touches[key])
-        if key.endswith(":channels") or key == f"{MODEL}:vectors":
-            size += self.vector_bytes(chosen)
-        return size
+        rows = self.table[np.arange(len(self.table)), self.combinations(chosen)] * self.scale(chosen)
+        return self.header_bytes + float(rows.sum())
 
     def default(self) -> dict[str, Choice]:
         """The lightest recipe of the space."""
@@ -96,12 +129,7 @@ class Profile:
 
     def smallest_bytes(self) -> float:
         """About the smallest file that the space can reach: every dimension at its cheapest choice."""
-        chosen = self.default()
-        for _ in range(2):
-            for dimension in self.space:
-                chosen[dimension.key] = self._cheapest(dimension, chosen)
-        return self.predict(chosen)
-
-    def _cheapest(self, dimension: BoundDimension, chosen: Chosen) -> Choice:
-        key = dimension.key
-        return min(dimension.choices, key=lambda choice: self.affected_bytes(key, {**chosen, key: choice}))
+        scale = np.ones(len(self.table))
+        for scaler in self.scalers.values():
+            scale[scaler.rows] *= scaler.factors[scaler.factors.sum(1).argmin()]
+        return self.header_bytes + float((self.table.min(1) * scale).sum())

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +90,8 @@ class FrontierSampler(BaseSampler):
         )
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in profile.space}
+        self._points: dict[int, Point] = {}
+        self._ratios: dict[int, float] = {}
         rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
         # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
         # back: where there are other ways to fewer bytes it is not planned, but tried, one part at a time
@@ -109,7 +112,10 @@ class FrontierSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         trials = study.get_trials(deepcopy=False)
-        done = [Point(t) for t in trials if t.state == TrialState.COMPLETE]
+        for finished in trials:
+            if finished.state == TrialState.COMPLETE and finished.number not in self._points:
+                self._points[finished.number] = Point(finished)
+        done = [self._points[number] for number in sorted(self._points)]
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
         rng = random.Random(f"{self.seed} {trial.number}")
         chosen, parent, target, predicted = self.propose(done, running, trial.number, rng)
@@ -179,15 +185,10 @@ class FrontierSampler(BaseSampler):
         parent = parent or self._ancestor(done, target)
         start = dict(parent.chosen) if parent else self.profile.default()
         correction = self._correction(done, parent)
-
-        def predict(chosen: Mapping[str, Choice]) -> float:
-            return self.profile.predict(chosen) * correction
-
-        chosen = plan(
-            self.profile, self._effects(parent, rng, noise), target, start, self._allowed(parent, noise > 0), predict
-        )
+        effects, allowed = self._effects(parent, rng, noise), self._allowed(parent, noise > 0)
+        chosen = plan(self.profile, effects, target / correction, start, allowed)
         self._train_choices(chosen, parent, rng)
-        return chosen, parent.number if parent else None, target, predict(chosen)
+        return chosen, parent.number if parent else None, target, self.profile.predict(chosen) * correction
 
     def _refine(
         self, front: list[Point], done: Sequence[Point], aimed: list[float], rng: random.Random
@@ -235,7 +236,8 @@ class FrontierSampler(BaseSampler):
     ) -> tuple[dict[str, Choice], int | None, float, float]:
         """Train a front member on: the one with most to win that was not trained on yet."""
         busy = {t.user_attrs.get("parent") for t in running}
-        trained = {p.parent for p in done if p.parent is not None and self._same_model(p, done)}
+        known = {p.number: p for p in done}
+        trained = {p.parent for p in done if p.parent in known and self._same_model(p, known[p.parent])}
         fresh = [p for p in front if p.number not in trained and p.number not in busy]
         useful = [p for p in fresh if self._useful(p)] or fresh or front
         parent = max(useful, key=lambda p: self._gain(p, front))
@@ -243,12 +245,9 @@ class FrontierSampler(BaseSampler):
         self._train_choices(chosen, parent, rng)
         return chosen, parent.number, parent.size, parent.size
 
-    def _same_model(self, point: Point, done: Sequence[Point]) -> bool:
-        parent = next((p for p in done if p.number == point.parent), None)
-        names = trainings()
-        return parent is not None and all(
-            parent.chosen[k] == c for k, c in point.chosen.items() if k.rpartition(":")[2] not in names
-        )
+    def _same_model(self, one: Point, other: Point) -> bool:
+        """Whether two recipes differ in their training alone."""
+        return all(other.chosen[k] == c for k, c in one.chosen.items() if k.rpartition(":")[2] not in trainings())
 
     # ------------------------------------------------------------ judgement
 
@@ -277,14 +276,14 @@ class FrontierSampler(BaseSampler):
     ) -> tuple[Point, float]:
         """A front member to start from, and the share of its size at which the next smaller one lies."""
         useful = [p for p in front if self._useful(p)] or front
+        children = Counter(p.parent for p in done)
         weights = []
         rooms = []
         for p in useful:
             smaller = [q.size for q in front if q.size < p.size and q.accuracy > p.accuracy - 0.05]
             room = max(smaller, default=0.5 * p.size) / p.size
-            tries = sum(1 for q in done if q.parent == p.number)
             close = sum(1 for size in aimed if 0.7 * p.size < size < p.size)
-            weight = self._gain(p, front) / (1 + tries + 2 * close)
+            weight = self._gain(p, front) / (1 + children[p.number] + 2 * close)
             if p is useful[-1] or p.accuracy >= self.base_accuracy:
                 weight *= 1.5
             if self.max_size_bytes is not None:
@@ -318,10 +317,19 @@ class FrontierSampler(BaseSampler):
 
     def _correction(self, done: Sequence[Point], parent: Point | None) -> float:
         """File over predicted bytes: the parent's own ratio, moved by what training usually does to it."""
-        ratios = {p.number: p.size / self.profile.predict(p.chosen) for p in done}
-        moved = [ratios[p.number] / ratios[p.parent] for p in done if p.parent in ratios]
-        drift = sorted(moved[-9:])[len(moved[-9:]) // 2] if moved else 1.0
-        return (ratios[parent.number] if parent else 1.0) * min(max(drift, 0.6), 1.2)
+        known = {p.number: p for p in done}
+        moved: list[float] = []
+        for p in reversed(done):
+            if p.parent in known and len(moved) < 9:
+                moved.append(self._ratio(p) / self._ratio(known[p.parent]))
+        drift = sorted(moved)[len(moved) // 2] if moved else 1.0
+        return (self._ratio(parent) if parent else 1.0) * min(max(drift, 0.6), 1.2)
+
+    def _ratio(self, point: Point) -> float:
+        """File over predicted bytes."""
+        if point.number not in self._ratios:
+            self._ratios[point.number] = point.size / self.profile.predict(point.chosen)
+        return self._ratios[point.number]
 
     def _effects(self, parent: Point | None, rng: random.Random, noise: float) -> dict[str, dict[str, float]]:
         """Effects of the profile, scaled per dimension by what was probed at the parent's weights."""
