@@ -9,8 +9,11 @@ from autocompress.evaluate import Evaluation, evaluate
 from autocompress.front import FrontPoint, ParetoFront
 from autocompress.recipe import Recipe
 from autocompress.search.controller import Progress, resume, search
+from autocompress.search.profile import Profile
+from autocompress.search.sampler import FrontierSampler
 from autocompress.space import SearchSpace
 from autocompress.task import Task
+from autocompress.trial import Workshop
 from autocompress.version import __version__
 
 __all__ = [
@@ -18,11 +21,14 @@ __all__ = [
     "AutocompressError",
     "Evaluation",
     "FrontPoint",
+    "FrontierSampler",
     "ParetoFront",
+    "Profile",
     "Progress",
     "Recipe",
     "SearchSpace",
     "Task",
+    "Workshop",
     "__version__",
     "evaluate",
     "load",

@@ -14,6 +14,10 @@ class TaskError(AutocompressError):
     """The task cannot be found, built or run: an empty loader, a NaN loss, a wrong shape."""
 
 
+class SamplerError(AutocompressError):
+    """The sampler is not known, or cannot work on a study."""
+
+
 class SpaceError(AutocompressError):
     """The search space cannot be read or does not fit the model."""
 

@@ -23,8 +23,8 @@ from autocompress.compression import Candidate, activation_modules
 from autocompress.probing import Prober, layer_bytes, vector_bytes, wanted_choices, weights_left, zero_shares
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
-from autocompress.space import BoundSpace
-from autocompress.task import Calibration, Task, batch_size, measure, to_device
+from autocompress.space import BoundSpace, SearchSpace
+from autocompress.task import Calibration, Task, batch_size, device_of, measure, to_device
 from autocompress.training import fine_tune, step_costs
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
@@ -123,6 +123,13 @@ class Workshop:
             self._prober = Prober(self.task, self.original, self.calibration.batches)
         return self._prober
 
+    @classmethod
+    def on(cls, task: Task, space: SearchSpace, folder: Path, seed: int = 0) -> Workshop:
+        """A workshop for a trained model, with `space` bound to it."""
+        model = task.build()
+        anatomy = read_anatomy(model, calibration_batches(task, device_of(model)))
+        return cls(task, model, space.bind(anatomy), folder, seed)
+
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
@@ -175,6 +182,12 @@ class Workshop:
         shown = {key: value for key, value in asdict(result).items() if key != "effects"}
         write_file(folder / METRICS, json.dumps({**shown, "parent": spec.parent}, indent=1).encode())
         yield result
+
+    def finish(self, number: int, recipe: Recipe, parent: int | None = None) -> TrialResult:
+        """Run one trial to its end; raises whatever goes wrong. parent: a trial of this folder to start from."""
+        *_, result = self.run(TrialSpec(number, recipe.to_json(), parent))
+        assert isinstance(result, TrialResult)
+        return result
 
     def _learning_rate(self, candidate: Candidate) -> float:
         """The task's rate for candidates far from the original, less for those that hardly moved:

@@ -1,6 +1,7 @@
 """The frontier sampler: profile, plan, walk with lineage, refine.
 
-An Optuna sampler like any other: `FrontierSampler(...)` goes into `optuna.create_study(sampler=...)`.
+An Optuna sampler like any other: `FrontierSampler(...)` goes into `optuna.create_study(sampler=...)`; docs/search.md
+has an example.
 Each proposal also names the finished trial whose fine-tuned weights it should start from (user attribute
 `parent`), which turns a search into gradual compression along many paths at once.
 
@@ -16,15 +17,16 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cached_property
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler
-from optuna.study import Study
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.errors import SamplerError
 from autocompress.front import non_dominated
 from autocompress.recipe import Choice
 from autocompress.search.planner import plan
@@ -51,9 +53,9 @@ def _rebuilds(dimension: str) -> bool:
 class Point:
     """A finished trial as the sampler sees it."""
 
-    def __init__(self, trial: FrozenTrial) -> None:
+    def __init__(self, trial: FrozenTrial, keys: Container[str]) -> None:
         self.number = trial.number
-        self.chosen: dict[str, Choice] = dict(trial.params)
+        self.chosen: dict[str, Choice] = {key: choice for key, choice in trial.params.items() if key in keys}
         self.size: float = trial.values[0]
         self.accuracy: float = trial.values[1]
         self.effects: dict[str, dict[str, float]] = trial.user_attrs.get("effects", {})
@@ -90,6 +92,7 @@ class FrontierSampler(BaseSampler):
         )
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in profile.space}
+        self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
         self._ratios: dict[int, float] = {}
         rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
@@ -105,16 +108,21 @@ class FrontierSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        assert isinstance(param_distribution, CategoricalDistribution)
-        return random.Random(f"{self.seed} {trial.number} {param_name}").choice(param_distribution.choices)
+        """For what a foreign study asks beside the space: at random."""
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        if study.directions != [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]:
+            raise SamplerError(
+                "this sampler needs a study of two objectives, bytes and accuracy: "
+                'optuna.create_study(directions=["minimize", "maximize"])'
+            )
         trials = study.get_trials(deepcopy=False)
         for finished in trials:
             if finished.state == TrialState.COMPLETE and finished.number not in self._points:
-                self._points[finished.number] = Point(finished)
+                self._points[finished.number] = Point(finished, self.dimensions)
         done = [self._points[number] for number in sorted(self._points)]
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
         rng = random.Random(f"{self.seed} {trial.number}")
@@ -122,6 +130,7 @@ class FrontierSampler(BaseSampler):
         attributes = {"parent": parent, "target_bytes": target, "predicted_bytes": predicted}
         for name, value in attributes.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
+            trial.set_user_attr(name, value)  # what the objective sees was read before
         return {key: chosen[key] for key in search_space}
 
     # ------------------------------------------------------------ proposals

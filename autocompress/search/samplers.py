@@ -8,15 +8,11 @@ from collections.abc import Callable, Sequence
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from autocompress.errors import AutocompressError, near_misses
+from autocompress.errors import SamplerError, near_misses
 from autocompress.search.profile import Profile
 from autocompress.search.sampler import FrontierSampler
 
 NAMES = ("frontier", "tpe", "nsga2", "random")
-
-
-class SamplerError(AutocompressError):
-    """The sampler is not known."""
 
 
 def check_sampler(name: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from autocompress.errors import SamplerError
 from autocompress.front import hypervolume
 from autocompress.search.profile import Profile
-from autocompress.search.samplers import NAMES, SamplerError, check_sampler, make_sampler
+from autocompress.search.samplers import NAMES, check_sampler, make_sampler
 from autocompress.search.study import SearchStudy
 from search.conftest import BASE_ACCURACY, Outcome, drive, folder_of
 
