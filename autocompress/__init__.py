@@ -8,7 +8,7 @@ from autocompress.errors import AutocompressError
 from autocompress.evaluate import Evaluation, evaluate
 from autocompress.front import FrontPoint, ParetoFront
 from autocompress.recipe import Recipe
-from autocompress.search.controller import Progress, resume, search
+from autocompress.search.controller import Progress, profile, resume, search
 from autocompress.search.profile import Profile
 from autocompress.search.sampler import FrontierSampler
 from autocompress.space import SearchSpace
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "profile",
     "read_artifact",
     "resume",
     "search",

@@ -334,6 +334,28 @@ def inspect(
 
 
 @app.command()
+def profile(
+    task: TaskOption = "digits",
+    space: Annotated[str, typer.Option(help="Search space whose choices are tried.")] = "default",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Heat map to write: .png, .svg or .pdf.")] = Path(
+        "profile.png"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Try every choice alone, without training: how much does each layer feel it? A table and a heat map."""
+    from autocompress.report.plot import plot_profile
+    from autocompress.report.sensitivity import sensitivity_table
+    from autocompress.search import controller
+
+    measured = controller.profile(task, space)
+    if as_json:
+        print_json(measured.effects)
+        return
+    out.print(sensitivity_table(measured, f"{task}: sensitivity to space {space!r}, nats"))
+    out.print(f"heat map: {plot_profile(measured, output)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def techniques() -> None:
     """List every technique: its choices, its source, and what it cannot be applied to."""
     from autocompress.report.techniques import rows

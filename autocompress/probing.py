@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autocompress.artifact.coder import CoderState
 from autocompress.artifact.codes import write_codes
 from autocompress.artifact.container import Codes, Plan, decode_artifact, decoded, encode_artifact
-from autocompress.artifact.pack import fold_norms, plans, with_statistics
+from autocompress.artifact.pack import fold_norms, plans, unfold_norms
 from autocompress.compression import Candidate, ShadowedLayer, counted
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names
@@ -83,7 +83,8 @@ class Prober:
             model = copy.deepcopy(candidate.model)
             stored = _vector_plans(candidate, choice)
             folded = fold_norms(model) | {name: decoded(plan) for name, plan in stored.items()}
-            assign(model, with_statistics(model, folded))
+            # on their own statistics: the distance is taken with those of the batch, which folding has no place for
+            assign(model, unfold_norms(model, folded))
             return self.distance(model)
         if dimension in structures():
             return self.distance(rebuilt(candidate, site, dimension, choice))

@@ -168,3 +168,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments: str, message: str,
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("autocompress: ")
     assert sorted(p.name for p in (place / "runs").iterdir()) == before, "no half-made run is left behind"
+
+
+def test_profile_tells_and_draws_sensitivities(place: Path) -> None:
+    told = cli(place, "profile", "--task", "mini:task", "--space", "quantize-only", "-o", "heat.svg").stdout
+    assert "int2" in told
+    assert "heat map: heat.svg" in told
+    assert "<svg" in (place / "heat.svg").read_text()
+    effects = json.loads(cli(place, "profile", "--task", "mini:task", "--json").stdout)
+    assert effects["1:weights"]["int2"] > effects["1:weights"]["int8"]
+
+
+def test_techniques_are_listed(place: Path) -> None:
+    told = cli(place, "techniques").stdout
+    assert all(name in told for name in ("lowrank-0.25", "RigL", "codebook-16"))

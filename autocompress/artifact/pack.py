@@ -60,6 +60,21 @@ def fold_norms(model: nn.Module) -> dict[str, Tensor]:
     return folded
 
 
+def unfold_norms(model: nn.Module, folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `fold_norms`: `folded` values, rounded perhaps, on the statistics that `model` has."""
+    whole = dict(folded)
+    for prefix, module in _norms(model):
+        mean, var = module.running_mean, module.running_var
+        names = [prefix + name for name in ("weight", "bias")]
+        if mean is None or var is None or prefix + "running_mean" in folded:
+            continue
+        scale = folded[names[0]] / math.sqrt(1 + module.eps)
+        whole[names[0]], whole[names[1]] = scale * (var + module.eps).sqrt(), folded[names[1]] + mean * scale
+        own = tensors(module)
+        whole |= {prefix + name: own[name] for name in _STATISTICS if name in own}
+    return whole
+
+
 def with_statistics(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`values` with the neutral statistics of every batch norm of `model` that has none in there."""
     whole = dict(values)

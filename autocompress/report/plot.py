@@ -11,6 +11,7 @@ from autocompress.artifact import Artifact
 from autocompress.errors import TargetError
 from autocompress.front import ParetoFront
 from autocompress.report.inside import HEADER, VECTORS, parts
+from autocompress.search.profile import Profile
 from autocompress.sizes import format_size
 
 if TYPE_CHECKING:
@@ -59,6 +60,40 @@ def plot_inside(artifact: Artifact, path: Path) -> Path:
         if colours:
             axes.legend(loc="lower right", frameon=False)
         axes.set_title(f"{artifact.size_bytes:,} bytes", loc="left")
+    return path
+
+
+def plot_profile(profile: Profile, path: Path) -> Path:
+    """A heat map of the sensitivities: sites down, choices across, colour by the change of the outputs (log
+    scale; white: no change, grey: no such choice). Returns `path`."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    shown = [d for d in profile.space if profile.effects.get(d.key)]
+    sites = list(dict.fromkeys(d.site for d in shown))
+    columns = list(dict.fromkeys((d.name, c) for d in shown for c in d.choices if c != d.default))
+    columns.sort(key=lambda column: [d.name for d in shown].index(column[0]))
+    values = np.full((len(sites), len(columns)), np.nan)
+    for d in shown:
+        for choice in d.choices:
+            if (d.name, choice) in columns:
+                effect = profile.effects[d.key].get(str(choice), np.nan)
+                values[sites.index(d.site), columns.index((d.name, choice))] = max(effect, 1e-6)
+    with _picture(path, 2.5 + 0.24 * len(columns), 1.9 + 0.26 * len(sites)) as axes:
+        axes.set_facecolor("#e4e4e8")
+        top = np.nanmax(values, initial=1e-5)
+        image = axes.imshow(values, aspect="auto", cmap="YlOrRd", norm=LogNorm(1e-5, max(top, 1e-4)))
+        axes.set_yticks(range(len(sites)), sites, fontsize=8)
+        axes.set_xticks(range(len(columns)), [str(choice) for _, choice in columns], rotation=90, fontsize=8)
+        names = [name for name, _ in columns]
+        for name in dict.fromkeys(names):
+            first, count = names.index(name), names.count(name)
+            narrow = count < 0.7 * len(name)
+            place = {"ha": "left", "rotation": 30} if narrow else {"ha": "center"}
+            axes.text(first + (count - 1) / 2, -0.7, name, va="bottom", fontsize=8, **place)
+            if first:
+                axes.axvline(first - 0.5, color="white", lw=2.5)
+        axes.figure.colorbar(image, ax=axes, label="change of the outputs (nats)")
     return path
 
 

@@ -141,6 +141,31 @@ def resume(
     return Controller(folder, given, rules, settings, listener, named=task is None).run()
 
 
+def profile(task: Task | str, space: str | Path | SearchSpace = "default", *, seed: int = 0) -> Profile:
+    """What every choice of `space` alone does to the task's trained model, measured without training.
+
+    A search measures the same before its first trial. Raises AutocompressError for a task or a space that
+    cannot be used.
+    """
+    given = load_task(task) if isinstance(task, str) else task
+    rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
+    model = trained(given, seed)
+    check_task(given, model)
+    anatomy = Workshop(given, model, BoundSpace(()), Path(), seed, _device()).anatomy
+    workshop = Workshop(given, model, rules.bind(anatomy), Path(), seed, _device())
+    return Profile(workshop.space, anatomy, workshop.base_profile())
+
+
+def trained(task: Task, seed: int, tell: Callable[[str], None] = lambda phase: None) -> nn.Module:
+    """The original: the task's model, trained now when the task can."""
+    seed_everything(seed)
+    model = task.build()
+    if task.pretrain is not None:
+        tell("training the original model")
+        task.pretrain(model)
+    return model.eval()
+
+
 def _check_budget(budget: int, workers: int | None) -> None:
     if budget < 1:
         raise TargetError(f"budget {budget} is not enough: give at least 1 trial")
@@ -237,16 +262,12 @@ class Controller:
 
     def _original(self) -> nn.Module:
         """The trained model; trained now when the task can and the run folder has no weights yet."""
-        seed_everything(self.seed)
-        model = self.task.build()
         path = self.folder / BASE
         if path.is_file():
+            model = self.task.build()
             assign(model, load_file(path))
             return model
-        if self.task.pretrain is not None:
-            self._tell("training the original model")
-            self.task.pretrain(model)
-        model.eval()
+        model = trained(self.task, self.seed, self._tell)
         write_file(
             path,
             save({key: value.cpu().contiguous().clone() for key, value in tensors(model).items()}),

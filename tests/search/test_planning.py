@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_digits
+from conftest import small_digits, zoo_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.anatomy import Anatomy, Layer
 from autocompress.recipe import Choice
+from autocompress.search.controller import profile as profile_of
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
-from autocompress.space import BoundDimension, BoundSpace
+from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
 
 
@@ -77,6 +78,16 @@ def test_the_plan_is_near_the_best_of_all_recipes(profile: Profile) -> None:
         chosen = plan(profile, profile.effects, target, start, {d.key: d.choices for d in dims})
         assert profile.predict(chosen) <= target * 1.0001
         assert effect(chosen) <= 1.2 * best + 1e-4
+
+
+def test_vectors_as_they_are_change_nothing_and_fewer_bits_change_more() -> None:
+    """Also where norms are folded in the file and the distance is measured on the statistics of the batch."""
+    task = zoo_task("residual")
+    space = SearchSpace.parse("model: {vectors: [float32, float16, e8m5, e8m2]}")
+    effects = list(profile_of(task, space).effects["model:vectors"].values())
+    assert effects[0] == pytest.approx(0, abs=1e-6)
+    assert effects[1] < 1e-6
+    assert effects[1] < effects[2] < effects[3]
 
 
 def large(layers: int, sparsities: int, widths: int) -> tuple[Profile, dict[str, tuple[Choice, ...]]]:
