@@ -75,7 +75,14 @@ def search(
         str,
         typer.Option(help="Search space: a name that 'autocompress spaces' lists, or a .yaml file."),
     ] = "default",
-    budget: Annotated[int | None, typer.Option("--budget", "-b", help="Number of trials; 50 by default.")] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option("--budget", "-b", help="Length in whole trials; 50 by default, or what fits the time budget."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option("--time-budget", help="No trial begins that would end later: 90s, 30m, 1h30m."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed and one worker: same front.")] = 0,
     run: Annotated[
         str | None,
@@ -108,12 +115,15 @@ def search(
     try:
         with view:
             if resume is not None:
-                front = controller.resume(resume, budget=budget, workers=workers, listener=view)
+                front = controller.resume(
+                    resume, budget=budget, time_budget=time_budget, workers=workers, listener=view
+                )
             else:
                 front = controller.search(
                     task,
-                    50 if budget is None else budget,
+                    budget,
                     space,
+                    time_budget=time_budget,
                     seed=seed,
                     run=run,
                     workers=workers,

@@ -27,7 +27,8 @@ from autocompress.space import SearchSpace
 
 RESULTS = Path(__file__).parent / "results" / "techniques.json"
 FOLDER = Path("runs") / "bench-techniques"
-TASKS = {"digits": "digits", "lenet5": "benchmarks.tasks:lenet5_short"}
+TASKS = {"digits": ("digits", 1.0), "lenet5": ("benchmarks.tasks:lenet5_short", 0.6)}
+"""Name -> (task, share of the trials of each row)."""
 LOSSES = (0.005, 0.01)
 
 SPARSITY = "sparsity: [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98]"
@@ -88,16 +89,17 @@ ROWS: dict[str, tuple[int, str, str]] = {
         f"activation bits, {name}": (6, BITS, f"activation_clipping: [{name}]")
         for name in ("max", "percentile", "mse", "kl", "learned")
     },
+    "joint: default, few trials": (16, "", ""),
     "joint: default": (50, "", ""),
     "joint: everything": (50, "", ""),
 }
-"""Row -> (trials, dimensions of every layer, dimensions of the model)."""
+"""Row -> (trials on digits, dimensions of every layer, dimensions of the model)."""
 
 
 def space_of(row: str) -> SearchSpace | str:
     _, layers, model = ROWS[row]
     if row.startswith("joint: "):
-        return row.removeprefix("joint: ")
+        return row.removeprefix("joint: ").removesuffix(", few trials")
     return SearchSpace.parse(f"layers: {{'*': {{{layers}}}}}\n" + (f"model: {{{model}}}" if model else ""), row, row)
 
 
@@ -108,7 +110,11 @@ def front_of(task: str, row: str) -> ac.ParetoFront:
         return ac.ParetoFront.read(folder)
     if (folder / "config.yaml").is_file():
         return ac.resume(folder)
-    return ac.search(TASKS[task], ROWS[row][0], space=space_of(row), run=folder)
+    return ac.search(TASKS[task][0], trials(task, row), space=space_of(row), run=folder)
+
+
+def trials(task: str, row: str) -> int:
+    return max(4, round(TASKS[task][1] * ROWS[row][0]))
 
 
 def measured(task: str, row: str) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def measured(task: str, row: str) -> dict[str, Any]:
     result = {
         "task": task,
         "row": row,
-        "trials": ROWS[row][0],
+        "trials": trials(task, row),
         "base_bytes": base.size_bytes,
         "base_val": base.val_accuracy,
         "base_test": base.test_accuracy,
@@ -147,24 +153,45 @@ def table(results: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def markdown(results: list[dict[str, Any]]) -> str:
+    """One row a technique, tasks side by side, for docs/benchmarks.md."""
+    known = {(r["task"], r["row"]): r for r in results}
+    heads = [f"{task}: {text}" for task in TASKS for text in ("trials", "at 0.5", "test", "at 1", "test")]
+    lines = ["| technique | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for row in ROWS:
+        cells = []
+        for task in TASKS:
+            result = known.get((task, row))
+            cells.append(str(result["trials"]) if result else "")
+            for lost in LOSSES:
+                best = result and result[f"at {100 * lost:g}"]
+                cells += (
+                    [f"{best[0]:,} (1/{result['base_bytes'] / best[0]:.3g})", f"{best[2]:.4f}"] if best else ["-", ""]
+                )
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with mnist/")
     parser.add_argument("--task", choices=[*TASKS], action="append")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="rows by name")
     parser.add_argument("--table", action="store_true", help="print the results there are")
+    parser.add_argument("--markdown", action="store_true", help="the same, for docs/benchmarks.md")
     given = parser.parse_args()
     if given.data:
         os.environ["AUTOCOMPRESS_DATA"] = given.data
     known = {(r["task"], r["row"]): r for r in json.loads(RESULTS.read_text())} if RESULTS.is_file() else {}
     out = Console(width=150)
-    for task in () if given.table else given.task or TASKS:
+    for task in () if given.table or given.markdown else given.task or TASKS:
         for row in given.only or ROWS:
             out.print(f"{time.strftime('%H:%M:%S')} {task}: {row}", highlight=False)
             known[task, row] = measured(task, row)
             ordered = [known[t, r] for t in TASKS for r in ROWS if (t, r) in known]
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-    out.print(table([known[t, r] for t in TASKS for r in ROWS if (t, r) in known]))
+    results = [known[t, r] for t in TASKS for r in ROWS if (t, r) in known]
+    print(markdown(results)) if given.markdown else out.print(table(results))
 
 
 if __name__ == "__main__":

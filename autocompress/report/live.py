@@ -12,16 +12,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from autocompress.durations import duration
 from autocompress.front import non_dominated
 from autocompress.search.controller import Progress
 from autocompress.sizes import format_size
 
 WIDTH, HEIGHT = 56, 11
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def terminal_plot(progress: Progress) -> Text:

@@ -20,6 +20,7 @@ from torch import nn
 
 import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.artifact import load, write_file
+from autocompress.durations import parse_duration
 from autocompress.errors import RunError, TargetError, TaskError
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
 from autocompress.search import engine
@@ -33,6 +34,7 @@ from autocompress.search.run_folder import (
     read_config,
     write_config,
 )
+from autocompress.search.sampler import FrontierSampler
 from autocompress.search.samplers import check_sampler, make_sampler
 from autocompress.search.scheduler import is_dominated
 from autocompress.search.study import SearchStudy
@@ -52,6 +54,8 @@ from autocompress.trial import (
 )
 
 Sampler = Literal["frontier", "tpe", "nsga2", "random"]
+_BUDGET = 50
+_MANY = 1_000_000
 MAX_FRUITLESS = 3
 """Tune runs in a row that may end without a finished trial before the search gives up."""
 
@@ -75,9 +79,10 @@ Listener = Callable[[Progress], object]
 
 def search(
     task: Task | str,
-    budget: int = 50,
+    budget: int | None = None,
     space: SearchSpace | str | Path = "default",
     *,
+    time_budget: str | float | None = None,
     seed: int = 0,
     run: str | Path | None = None,
     workers: int | None = None,
@@ -86,22 +91,28 @@ def search(
     min_accuracy: float | None = None,
     listener: Listener | None = None,
 ) -> ParetoFront:
-    """Search the joint space of `task` with `budget` trials and return the front of size and accuracy.
+    """Search the joint space of `task` and return the front of size and accuracy.
 
-    run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a time;
-    by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
-    validation accuracy; both focus the search. The same seed with one worker gives the same front.
+    budget: length of the search in whole trials; one that is stopped halfway counts half. By default 50, or
+    with `time_budget` as many as fit. time_budget: seconds, "30m" or "1h30m"; no trial begins that would end
+    later. run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
+    time; by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
+    validation accuracy; both focus the search. The same seed with one worker and a budget in trials gives the
+    same front.
 
     Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
     """
     given = load_task(task) if isinstance(task, str) else task
     _check_budget(budget, workers)
     check_sampler(sampler)
+    seconds = None if time_budget is None else parse_duration(time_budget)
     limit = None if max_size is None else parse_size(max_size)
     rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
     settings = {
         "task": given.name,
-        "budget": budget,
+        "budget": budget or _BUDGET,
+        "paced": budget is None and seconds is not None,
+        "time_budget_seconds": seconds,
         "seed": seed,
         "workers": workers,
         "sampler": sampler,
@@ -124,20 +135,26 @@ def resume(
     *,
     task: Task | None = None,
     budget: int | None = None,
+    time_budget: str | float | None = None,
     workers: int | None = None,
     listener: Listener | None = None,
 ) -> ParetoFront:
     """Go on with a run after a crash, a kill, or with a larger `budget`; finished trials are kept.
 
-    task: needed when the run was started with a Task object instead of a name.
+    time_budget: of what is to come; by default that of the run. task: needed when the run was started with a Task
+    object instead of a name.
     """
-    _check_budget(1 if budget is None else budget, workers)
+    _check_budget(budget, workers)
     folder = existing_run(run)
     rules, settings = read_config(folder)
     if task is None and settings["task"] == "custom":
         raise RunError(f"run {str(folder)!r} was started with a Task object: pass task= to resume it")
     given = task or load_task(settings["task"])
     settings |= {"budget": budget or settings["budget"], "workers": workers or settings["workers"]}
+    if budget is not None:
+        settings |= {"paced": False, "time_budget_seconds": None}
+    if time_budget is not None:
+        settings |= {"paced": budget is None, "time_budget_seconds": parse_duration(time_budget)}
     return Controller(folder, given, rules, settings, listener, named=task is None).run()
 
 
@@ -166,8 +183,8 @@ def trained(task: Task, seed: int, tell: Callable[[str], None] = lambda phase: N
     return model.eval()
 
 
-def _check_budget(budget: int, workers: int | None) -> None:
-    if budget < 1:
+def _check_budget(budget: int | None, workers: int | None) -> None:
+    if budget is not None and budget < 1:
         raise TargetError(f"budget {budget} is not enough: give at least 1 trial")
     if workers is not None and workers < 1:
         raise TargetError(f"workers {workers} is not enough: give at least 1")
@@ -220,6 +237,9 @@ class Controller:
         self.seed = int(settings["seed"])
         self.budget = int(settings["budget"])
         self.began = time.monotonic()
+        limit = settings.get("time_budget_seconds")
+        self.deadline = math.inf if limit is None else self.began + float(limit)
+        self.searching_since, self.finished_before = self.began, 0
         self.study: SearchStudy | None = None
         self.log = _open_log(folder)
         self.base: Base | None = None
@@ -284,7 +304,7 @@ class Controller:
 
     def run(self) -> ParetoFront:
         assert self.base is not None
-        sampler = make_sampler(
+        self.sampler = make_sampler(
             self.settings["sampler"],
             self.profile,
             self.budget,
@@ -293,7 +313,7 @@ class Controller:
             self.settings["max_size_bytes"],
             self.settings["min_accuracy"],
         )
-        self.study = SearchStudy(self.folder, self.space, self.budget, sampler)
+        self.study = SearchStudy(self.folder, self.space, self.budget, self.sampler)
         try:
             self.study.recover()
             if self.study.remaining() > 0:
@@ -327,14 +347,14 @@ class Controller:
             ) from error
         ray_folder = engine.start_ray(workers)
         try:
-            fruitless = 0
-            while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS:
+            fruitless, self.searching_since, self.finished_before = 0, time.monotonic(), self.study.finished()
+            while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._late():
                 before = len(self.study.complete())
                 scratch = Path(tempfile.mkdtemp(dir=ray_folder))
                 engine.run_trials(
                     payload,
                     self,
-                    remaining,
+                    _MANY,
                     min(workers, remaining),
                     gpus / workers if gpus else 0,
                     scratch,
@@ -343,6 +363,27 @@ class Controller:
                 fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
         finally:
             engine.stop_ray(ray_folder)
+
+    def _late(self) -> bool:
+        """Whether a trial that began now would end after the deadline, as long as trials have taken so far."""
+        return time.monotonic() + self._seconds_a_trial() > self.deadline
+
+    def _seconds_a_trial(self) -> float:
+        """Wall time of one trial, by the median; 0 before the first."""
+        assert self.study is not None
+        took = sorted(float(trial.user_attrs["seconds"]) for trial in self.study.complete())
+        return took[len(took) // 2] if took else 0.0
+
+    def _pace(self) -> None:
+        """As many trials as fit: what was finished, and as many again as the time left is longer."""
+        assert self.study is not None
+        if not self.settings.get("paced"):
+            return
+        now, finished = time.monotonic(), self.study.finished()
+        left = max(self.deadline - now, 0.0) / max(now - self.searching_since, 1e-3)
+        self.budget = self.study.budget = finished + round(max(finished - self.finished_before, 1) * left)
+        if isinstance(self.sampler, FrontierSampler):
+            self.sampler.budget = self.budget
 
     def _fail_lost(self) -> None:
         """Trials of a Tune run that ended early: their worker is gone."""
@@ -356,7 +397,7 @@ class Controller:
 
     def next(self) -> TrialSpec | None:
         assert self.study is not None
-        spec = self.study.ask()
+        spec = None if self._late() else self.study.ask()
         if spec is not None:
             self.log.info(
                 "trial %d: starts from %s",
@@ -374,6 +415,7 @@ class Controller:
     def finished(self, number: int, result: TrialResult) -> None:
         assert self.study is not None
         self.study.tell(number, result)
+        self._pace()
         self.log.info(
             "trial %d: %d bytes, validation accuracy %.4f",
             number,

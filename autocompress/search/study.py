@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -64,13 +65,18 @@ class SearchStudy:
         return self.trials(TrialState.COMPLETE)
 
     def finished(self) -> int:
-        """Trials that count against the budget: orphans of a crash are run again and do not."""
+        """Trials that are over; orphans of a crash are run again and are not counted."""
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         return sum(1 for t in self.trials(*states) if not t.user_attrs.get("orphan"))
 
+    def spent(self) -> float:
+        """What was spent of the budget, in whole trials: one that was stopped counts as far as it came."""
+        stopped = sum(1 - float(t.user_attrs.get("share", 1)) for t in self.trials(TrialState.PRUNED))
+        return self.finished() - stopped
+
     def remaining(self) -> int:
         """Trials still to be asked for."""
-        return self.budget - self.finished() - len(self.trials(TrialState.RUNNING))
+        return math.floor(self.budget - self.spent() - len(self.trials(TrialState.RUNNING)) + 1e-9)
 
     # ------------------------------------------------------------ ask and tell
 
@@ -92,7 +98,7 @@ class SearchStudy:
 
     def rung(self, number: int, rung: Rung) -> None:
         if rung.val_accuracy is not None and self._open(number):
-            self._note(number, {f"rung_{rung.epoch}": rung.val_accuracy})
+            self._note(number, {f"rung_{rung.epoch}": rung.val_accuracy, "share": rung.epoch / rung.epochs})
 
     def prune(self, number: int) -> None:
         if self._open(number):

@@ -88,3 +88,15 @@ def test_clearly_dominated_at_the_rung(profile: Profile, tmp_path: Path) -> None
     assert not is_dominated(study, second.number, Rung(4, 8, 0.89))
     assert not is_dominated(study, second.number, Rung(3, 8, 0.7)), "only the same rung is compared"
     assert not is_dominated(study, second.number, Rung(4, 8, None))
+
+
+def test_a_trial_that_was_stopped_counts_as_far_as_it_came(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, 4)
+    for _ in range(2):
+        spec = study.ask()
+        assert spec is not None
+        study.rung(spec.number, Rung(2, 4, 0.5))
+        study.prune(spec.number)
+    assert (study.finished(), study.spent(), study.remaining()) == (2, 1.0, 3)
+    drive(study, outcome)
+    assert len(study.trials()) == 5
