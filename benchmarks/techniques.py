@@ -34,7 +34,6 @@ LOSSES = (0.005, 0.01)
 SPARSITY = "sparsity: [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98]"
 CHANNELS = "channels: [1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.15]"
 INTEGERS = "weights: [float32, int8, int6, int5, int4, int3, int2]"
-BITS = "activation_bits: [32, 8, 6, 4, 3, 2, 1]"
 
 ROWS: dict[str, tuple[int, str, str]] = {
     "unstructured pruning": (16, SPARSITY, ""),
@@ -81,12 +80,13 @@ ROWS: dict[str, tuple[int, str, str]] = {
     "ternary and binary": (12, "weights: [float32, ternary, binary]", ""),
     "codebooks": (12, "weights: [float32, codebook-64, codebook-32, codebook-16, codebook-8, codebook-4]", ""),
     "shared filters": (10, "weights: [float32, filters-0.75, filters-0.5, filters-0.25]", ""),
-    "activation functions": (6, "activation: [keep, relu, relu6, hardtanh, hardswish]", ""),
+    # these change no bytes: without their neutral choice, so that they are there at all
+    "activation functions": (6, "activation: [relu6, hardtanh, hardswish]", ""),
     "piecewise linear activations": (4, "activation: [piecewise-16, piecewise-8, piecewise-4]", ""),
-    "binary activations": (6, "activation: [keep, step, step-sigmoid]", ""),
-    "sparse activations": (6, "activation: [keep, fatrelu-0.5, fatrelu-0.8, topk-0.5, topk-0.2]", ""),
+    "binary activations": (4, "activation: [step-sigmoid, step]", ""),
+    "sparse activations": (4, "activation: [fatrelu-0.8, topk-0.2]", ""),
     **{
-        f"activation bits, {name}": (6, BITS, f"activation_clipping: [{name}]")
+        f"4-bit activations, {name}": (4, "activation_bits: [4]", f"activation_clipping: [{name}]")
         for name in ("max", "percentile", "mse", "kl", "learned")
     },
     "joint: default, few trials": (16, "", ""),
