@@ -23,7 +23,7 @@ from autocompress.replacement import original_names, origins
 from autocompress.space import without_void
 from autocompress.surgery import assign, owners, tensors
 from autocompress.task import Calibration
-from autocompress.techniques.base import Coding, SparseLayer, coding_of, maskings, structures, trainings
+from autocompress.techniques.base import Coding, Masking, SparseLayer, coding_of, maskings, structures, trainings
 from autocompress.techniques.channels import kept_channels
 
 _STEP = "autocompress.parameters/"
@@ -93,15 +93,15 @@ class Candidate:
             _assign_known(model, parent)
         self.model = model
         self.layers: dict[str, ShadowedLayer] = {}
+        places = owners(model)
         for key, site in self._weights():
-            parameter = getattr(*owners(model)[key][0])
+            parameter = getattr(*places[key][0])
             choice = recipe.get(site, "weights", "float32")
             assert choice is not None
             coding = coding_of(choice)
             dense = parameter.detach().float().clone()
             shadow = ShadowedLayer(site, key, parameter, dense, choice, coding, torch.empty(0))
-            name = layer_name(key)
-            self.layers[name] = shadow
+            self.layers[layer_name(key)] = shadow
         self.set_masks()
         for name, shadow in self.layers.items():
             choice, coding, dense = shadow.choice, shadow.coding, shadow.dense
@@ -121,25 +121,7 @@ class Candidate:
         """Draw the masks from the weights as they are, at `share` of the way from `start` (site -> share of
         zeros) to the recipe's sparsity. regrown: share of what stays that may be exchanged for pruned weights."""
         for dimension, masking in maskings().items():
-            targets: dict[str, Choice] = {}
-            for name, shadow in self.layers.items():
-                target = self.recipe.get(shadow.site, dimension, masking.default)
-                assert target is not None
-                if share < 1 and isinstance(target, float):
-                    first = min((start or {}).get(shadow.site, 0.0), target)
-                    target = first + (target - first) * share
-                targets[name] = target
-            shares = [name for name, target in targets.items() if isinstance(target, float) and target > 0]
-            for technique, choice in self.training:
-                layers = [
-                    SparseLayer(
-                        self.layers[n].dense.detach(),
-                        float(targets[n]),
-                        self.layers[n].coding.bits(self.layers[n].choice),
-                    )
-                    for n in shares
-                ]
-                targets |= dict(zip(shares, technique.exchanged(choice, layers), strict=True))
+            targets = self._targets(dimension, masking, share, start or {})
             for name, target in targets.items():
                 shadow = self.layers[name]
                 if target == masking.default:
@@ -147,9 +129,30 @@ class Candidate:
                     continue
                 weight = (shadow.masked() if self.regrows and share > 0 else shadow.dense).detach()
                 shadow.mask = masking.mask(weight, target)
-                if regrown and name in shares and shadow.gradient is not None:
+                if regrown and isinstance(target, float) and shadow.gradient is not None:
                     for technique, choice in self.training:
                         shadow.mask = technique.regrown(choice, shadow.mask, weight, shadow.gradient, regrown)
+
+    def _targets(self, dimension: str, masking: Masking, share: float, start: Mapping[str, float]) -> dict[str, Choice]:
+        """Layer -> what its mask should be now: shares on their way, exchanged between layers where asked."""
+        targets: dict[str, Choice] = {}
+        for name, shadow in self.layers.items():
+            target = self.recipe.get(shadow.site, dimension, masking.default)
+            assert target is not None
+            if share < 1 and isinstance(target, float):
+                first = min(start.get(shadow.site, 0.0), target)
+                target = first + (target - first) * share
+            targets[name] = target
+        pruned = [name for name, target in targets.items() if isinstance(target, float) and target > 0]
+        for technique, choice in self.training:
+            if choice != technique.default:
+                shadows = [self.layers[name] for name in pruned]
+                layers = [
+                    SparseLayer(shadow.dense.detach(), float(targets[name]), shadow.coding.bits(shadow.choice))
+                    for name, shadow in zip(pruned, shadows, strict=True)
+                ]
+                targets |= dict(zip(pruned, technique.exchanged(choice, layers), strict=True))
+        return targets
 
     # ------------------------------------------------------------ simulation
 

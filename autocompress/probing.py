@@ -52,13 +52,25 @@ class Prober:
         value = total / max(len(self.batches), 1)
         return value if np.isfinite(value) else 1e6
 
-    def effects(self, candidate: Candidate, wanted: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
-        """Rise of the distance by each wanted choice alone: "site:dimension" -> str(choice) -> rise."""
+    def effects(
+        self,
+        candidate: Candidate,
+        wanted: Mapping[str, Sequence[Choice]],
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> dict[str, dict[str, float]]:
+        """Rise of the distance by each wanted choice alone: "site:dimension" -> str(choice) -> rise.
+
+        progress: told about ten times which share is done.
+        """
         candidate.materialise()
         here = self.distance(candidate.model)
         out: dict[str, dict[str, float]] = {}
         present_choices = candidate.recipe.as_dict()
-        for key, choices in wanted.items():
+        told = 0
+        for number, (key, choices) in enumerate(wanted.items()):
+            if 10 * number // len(wanted) > told:
+                told = 10 * number // len(wanted)
+                progress(told / 10)
             site, _, dimension = key.rpartition(":")
             present = present_choices.get(key)
             if key not in without_void({**present_choices, key: choices[0]}):

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,15 @@ class Workshop:
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
-    def base_profile(self) -> dict[str, Any]:
-        """Effects and bytes of every single choice on the original model, as plain data."""
+    def base_profile(self, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
+        """Effects and bytes of every single choice on the original model, as plain data.
+
+        progress: told now and then which share of the choices has been tried.
+        """
         candidate = Candidate(self.original, self.anatomy, Recipe(), self.calibration)
         vectors, header = vector_bytes(candidate, self.space)
         return {
-            "effects": self.prober.effects(candidate, wanted_choices(self.space)),
+            "effects": self.prober.effects(candidate, wanted_choices(self.space), progress),
             "layer_bytes": layer_bytes(candidate, self.space),
             "weights_left": weights_left(candidate, self.space),
             "vector_bytes": vectors,

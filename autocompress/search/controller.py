@@ -25,6 +25,7 @@ from autocompress.errors import RunError, TargetError, TaskError
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
 from autocompress.search import engine
 from autocompress.search.profile import Profile
+from autocompress.search.profile_cache import measured_profile
 from autocompress.search.run_folder import (
     BASE,
     LOG,
@@ -170,7 +171,7 @@ def profile(task: Task | str, space: str | Path | SearchSpace = "default", *, se
     check_task(given, model)
     anatomy = Workshop(given, model, BoundSpace(()), Path(), seed, _device()).anatomy
     workshop = Workshop(given, model, rules.bind(anatomy), Path(), seed, _device())
-    return Profile(workshop.space, anatomy, workshop.base_profile())
+    return Profile(workshop.space, anatomy, measured_profile(workshop))
 
 
 def trained(task: Task, seed: int, tell: Callable[[str], None] = lambda phase: None) -> nn.Module:
@@ -297,7 +298,7 @@ class Controller:
     def _profile(self) -> Profile:
         path = self.folder / PROFILE
         if not path.is_file():
-            write_file(path, json.dumps(self.workshop.base_profile()).encode())
+            write_file(path, json.dumps(measured_profile(self.workshop, self._tell)).encode())
         return Profile(self.space, self.workshop.anatomy, json.loads(path.read_text()))
 
     # ------------------------------------------------------------ the search

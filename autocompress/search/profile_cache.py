@@ -1,0 +1,81 @@
+"""Profiles that were measured before: kept by the content that they were measured on.
+
+In `$XDG_CACHE_HOME/autocompress/profiles` (`~/.cache` by default), one JSON file each; safe to delete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import autocompress
+from autocompress.artifact import write_file
+from autocompress.surgery import tensors
+from autocompress.trial import Workshop
+
+
+def measured_profile(workshop: Workshop, tell: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+    """`workshop.base_profile()`, from the cache where the same was measured before."""
+    path = _folder() / f"{_digest(workshop)}.json"
+    try:
+        known: dict[str, Any] = json.loads(path.read_text())
+        return known
+    except (OSError, ValueError):
+        measured = workshop.base_profile(lambda share: tell(f"profiling every choice: {100 * share:.0f}%"))
+    try:
+        write_file(path, json.dumps(measured).encode())
+    except OSError as error:  # no home, or a full one: measured again the next time
+        logging.getLogger("autocompress").info("the profile was not kept in %s: %s", path, error)
+    return measured
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autocompress" / "profiles"
+
+
+def _digest(workshop: Workshop) -> str:
+    """Of the model, the calibration batches, the space, and every line that measures."""
+    digest = hashlib.sha256(_sources())
+    for name, tensor in tensors(workshop.original).items():
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    for tensor in _tensors(workshop.calibration.batches):
+        digest.update(_bytes(tensor))
+    forward = workshop.task.forward
+    asked = [workshop.task.name, str(forward and getattr(forward, "__qualname__", forward)), str(workshop.original)]
+    asked += [f"{d.key} {d.choices}" for d in workshop.space]
+    digest.update("\n".join(asked).encode())
+    return digest.hexdigest()[:32]
+
+
+@cache
+def _sources() -> bytes:
+    """Digest of this package: another technique, probe or coder measures something else."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(autocompress.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data = tensor.detach().cpu().contiguous()
+    return f"{data.dtype} {tuple(data.shape)}".encode() + data.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
