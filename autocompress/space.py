@@ -176,7 +176,8 @@ class SearchSpace:
         return _Reader(where).space(root, name)
 
     def bind(self, anatomy: Anatomy) -> BoundSpace:
-        """The joint space of one model. Raises SpaceError for a pattern that matches nothing."""
+        """The joint space of one model. Raises SpaceError for a pattern that matches nothing, and for a choice that
+        cannot be applied to anything that its pattern matches; under `*` such choices are left out."""
         bound: list[BoundDimension] = []
         everything = {site for dimension in _DIMENSIONS.values() for site in dimension.sites(anatomy)} - {MODEL}
         for pattern, named in self.rules:
@@ -187,6 +188,13 @@ class SearchSpace:
                         f"space {self.name!r}: pattern {pattern!r} matches no layer with dimension {name!r}"
                         f"{near_misses(pattern, sites or everything)}"
                     )
+                matching = [site for site in sites if fnmatchcase(site, pattern)]
+                for choice in named[name]:
+                    if pattern != "*" and not any(_DIMENSIONS[name].fits(choice, site, anatomy) for site in matching):
+                        raise SpaceError(
+                            f"space {self.name!r}: {name} {choice!r} cannot be applied to anything that matches "
+                            f"{pattern!r}; 'autocompress techniques' tells what it is not for"
+                        )
         for name, dimension in _DIMENSIONS.items():
             for site in dimension.sites(anatomy):
                 choices: tuple[Choice, ...] = ()

@@ -84,3 +84,12 @@ def test_recipe_outside_the_space_is_refused(anatomy: Anatomy) -> None:
         bound.recipe({"head:weights": "int1"})
     with pytest.raises(RecipeError, match="did you mean 'head:weights'"):
         bound.recipe({"heat:weights": "int4"})
+
+
+def test_a_choice_that_cannot_be_applied_where_it_is_asked_for_is_named(anatomy: Anatomy) -> None:
+    asked = SearchSpace.parse("layers: {'conv*': {structure: [keep, drop]}}", name="mine")
+    with pytest.raises(SpaceError, match=r"structure 'drop' cannot be applied to anything that matches 'conv\*'"):
+        asked.bind(anatomy)
+    everywhere = SearchSpace.parse("layers: {'*': {structure: [keep, drop, lowrank-0.25]}}").bind(anatomy)
+    assert {d.choices for d in everywhere} == {("keep", "lowrank-0.25")}
+    assert {"conv1", "conv2"} <= {d.site for d in everywhere}
