@@ -21,6 +21,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from autocompress import Task
+from autocompress.tasks.digits import digits
 
 Batches = Callable[[], list[tuple[Tensor, Tensor]]]
 VALIDATION = 5000
@@ -175,6 +176,32 @@ def _task(
 def lenet_300_100() -> Task:
     """MNIST; trials train on the first 20,000 images."""
     return _task("lenet_300_100", mnist(), lenet_300_100_net, lambda x: x, 55_000, 10, 20_000, 4, VALIDATION)
+
+
+def lenet_300_100_short() -> Task:
+    """As `lenet_300_100`, for many searches: 6,000 images, 4 epochs a trial, the original kept in runs/."""
+    task = _task("lenet_300_100", mnist(), lenet_300_100_net, lambda x: x, 55_000, 10, 6_000, 4, VALIDATION)
+    return replace(task, pretrain=_kept(Path("runs") / "bench-originals" / "lenet_300_100.safetensors", task.pretrain))
+
+
+class RowReader(nn.Module):
+    """A transformer that reads an image of 8 x 8 as a sequence of 8 rows: [N, 1, 8, 8] -> [N, 10]."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.into = nn.Linear(8, width)
+        self.place = nn.Parameter(0.1 * torch.randn(8, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.into(x[:, 0]) + self.place).mean(1))  # type: ignore[no-any-return]
+
+
+def digit_rows() -> Task:
+    """scikit-learn's digits, read row by row by a transformer of 39,226 parameters; data and splits of `digits`."""
+    return replace(digits(), model=RowReader, name="digit_rows", learning_rate=1e-3)
 
 
 def lenet5() -> Task:

@@ -1,0 +1,205 @@
+"""Frontier search against Optuna's samplers: the same trials, the same fine-tuning, the same reference point.
+
+    python -m benchmarks.search [--data ../shared/data] [--task digits] [--only METHOD ...] [--seeds 5] [--table]
+
+Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number
+of epochs. Optuna's samplers start every trial from the original's weights. Ablations of ours: `no-lineage` (every
+trial starts from the original too), `no-rate` (no price of bits), `no-profile` (every step of a dimension is thought to
+do the same harm). Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's
+float32 file, and an error of twice the original's plus 5 points. One process a core; each finished job is a file
+in benchmarks/results/search/, which is not run again: stop and go on at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler
+from rich.console import Console
+from rich.table import Table
+
+import autocompress as ac
+from autocompress.artifact import load
+from autocompress.front import hypervolume, non_dominated
+from autocompress.search.controller import trained
+from autocompress.search.profile_cache import measured_profile
+from autocompress.surgery import tensors
+from autocompress.task import load_task, measure
+from autocompress.trial import ARTIFACT
+
+RESULTS = Path(__file__).parent / "results" / "search"
+TASKS = {
+    "digits": "digits",
+    "lenet_300_100": "benchmarks.tasks:lenet_300_100_short",
+    "digit_rows": "benchmarks.tasks:digit_rows",
+}
+BUDGET, LONG = 50, 400
+AT = (10, 25, 50, 400)
+
+
+def _optuna(make: Callable[[int], BaseSampler]) -> Callable[[ac.Profile, int, float, int], BaseSampler]:
+    return lambda profile, budget, base, seed: make(seed)
+
+
+def _frontier(profile: ac.Profile, budget: int, base: float, seed: int) -> BaseSampler:
+    return ac.FrontierSampler(profile, budget, base, seed)
+
+
+def _without_profile(profile: ac.Profile, budget: int, base: float, seed: int) -> BaseSampler:
+    for key, dimension in profile.dimensions.items():
+        profile.effects[key] = {str(choice): 0.01 * i for i, choice in enumerate(dimension.choices)}
+    return ac.FrontierSampler(profile, budget, base, seed)
+
+
+METHODS: dict[str, Callable[[ac.Profile, int, float, int], BaseSampler]] = {
+    "frontier": _frontier,
+    "random": _optuna(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
+    "tpe": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True)),
+    "nsga2": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
+    "gp": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
+    "no-lineage": _frontier,
+    "no-rate": _frontier,
+    "no-profile": _without_profile,
+}
+LONG_METHODS = ("nsga2", "tpe")
+"""Run to 400 trials too, with two seeds."""
+
+
+def space_for(method: str) -> ac.SearchSpace:
+    space = ac.SearchSpace.named("default")
+    model = {name: choices for name, choices in space.training.items() if name != "rate_penalty"}
+    return replace(space, training=model) if method == "no-rate" else space
+
+
+def run_job(job: tuple[str, str, int, int]) -> None:
+    """One method, one seed, one task; all trials in this process."""
+    task_name, method, seed, budget = job
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    task = load_task(TASKS[task_name])
+    model = trained(task, seed=0)
+    folder = Path(tempfile.mkdtemp(prefix="bench-search-"))
+    try:
+        given = replace(task, model=model, pretrain=None)
+        workshop = ac.Workshop.on(given, space_for(method), folder, seed)
+        profile = ac.Profile(workshop.space, workshop.anatomy, measured_profile(workshop))
+        base = {split: measure(given, workshop.original, split) for split in ("val", "test")}
+        study = optuna.create_study(
+            directions=["minimize", "maximize"], sampler=METHODS[method](profile, budget, base["val"], seed)
+        )
+        asked = {d.key: CategoricalDistribution(d.choices) for d in workshop.space}
+        trials, proposing = [], []
+        for _ in range(budget):
+            began = time.perf_counter()
+            trial = study.ask(asked)
+            proposing.append(time.perf_counter() - began)
+            parent = None if method == "no-lineage" else trial.user_attrs.get("parent")
+            try:
+                result = workshop.finish(trial.number, workshop.space.recipe(trial.params), parent)
+            except ac.AutocompressError:
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                trials.append(None)
+                continue
+            trial.set_user_attr("effects", result.effects)
+            study.tell(trial.number, [result.size_bytes, result.val_accuracy])
+            trials.append([result.size_bytes, result.val_accuracy])
+        sizes = tensors(workshop.original).values()
+        front = []
+        done = [(i, t) for i, t in enumerate(trials) if t]
+        for at in non_dominated([(t[0], t[1]) for _, t in done]):
+            number, (size, val) = done[at]
+            path = folder / "trials" / str(number) / ARTIFACT
+            front.append([number, size, val, measure(given, load(path, given.build), "test")])
+        write(
+            path_of(job),
+            {
+                "job": job,
+                "base_bytes": sum(t.numel() * t.element_size() for t in sizes),
+                "base": base,
+                "trials": trials,
+                "front": front,
+                "proposing_seconds": proposing,
+            },
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def path_of(job: tuple[str, str, int, int]) -> Path:
+    task, method, seed, budget = job
+    return RESULTS / f"{task}-{method}-{budget}-{seed}.json"
+
+
+def write(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(data) + "\n")
+    path.with_suffix(".new").replace(path)
+
+
+def area(result: dict[str, Any], count: int) -> float:
+    """Hypervolume of the first `count` trials."""
+    error = 1 - result["base"]["val"]
+    points = [(t[0], t[1]) for t in result["trials"][:count] if t]
+    return hypervolume(points, result["base_bytes"], 1 - (2 * error + 0.05))
+
+
+def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[tuple[str, str, int, int]]:
+    short = [(t, m, s, BUDGET) for s in range(seeds) for t in tasks for m in methods]
+    return short + [(t, m, s, LONG) for t in tasks for m in methods if m in LONG_METHODS for s in range(2)]
+
+
+def table(tasks: list[str]) -> Table:
+    shown = Table(title="median hypervolume (number of seeds)", title_justify="left")
+    for name in ("task", "method", *(f"@{count}" for count in AT), "proposal, ms"):
+        shown.add_column(name, justify="left" if name in ("task", "method") else "right")
+    for task in tasks:
+        for method in METHODS:
+            cells, proposing = [], []
+            for count in AT:
+                found = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{task}-{method}-*.json"))]
+                long = [r for r in found if len(r["trials"]) >= count and (count > BUDGET) == (r["job"][3] > BUDGET)]
+                areas = [area(r, count) for r in long]
+                proposing += [t for r in long for t in r["proposing_seconds"][-10:]]
+                cells.append(f"{statistics.median(areas):.3f} ({len(areas)})" if areas else "")
+            speed = f"{1000 * statistics.median(proposing):.0f}" if proposing else ""
+            shown.add_row(task, method, *cells, speed)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with mnist/")
+    parser.add_argument("--task", choices=[*TASKS], action="append")
+    parser.add_argument("--only", nargs="*", choices=[*METHODS], metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--table", action="store_true", help="print the results there are")
+    given = parser.parse_args()
+    if given.data:
+        os.environ["AUTOCOMPRESS_DATA"] = given.data
+    out = Console(width=140)
+    tasks = given.task or [*TASKS]
+    if not given.table:
+        wanted = [job for job in jobs(tasks, given.only or [*METHODS], given.seeds) if not path_of(job).is_file()]
+        with multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=1) as pool:
+            for number, _ in enumerate(pool.imap_unordered(run_job, wanted), 1):
+                out.print(f"{time.strftime('%H:%M:%S')} {number}/{len(wanted)} jobs", highlight=False)
+    out.print(table(tasks))
+
+
+if __name__ == "__main__":
+    main()
