@@ -14,6 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from autocompress.hooks import Hook, forward_hooks
 from autocompress.replacement import Dropped, Replacement, channel_makers
 from autocompress.surgery import owners, resizable
 
@@ -151,10 +152,9 @@ def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tup
     """Layers fed with float tensors and activation modules, of those that really run."""
     inputs: dict[str, None] = {}
     activations: dict[str, str] = {}
-    handles = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def watch(name: str) -> Hook:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(module, ACTIVATIONS):
                 activations[name] = type(module).__name__
             elif args and isinstance(args[0], Tensor) and args[0].is_floating_point():
@@ -162,15 +162,13 @@ def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tup
 
         return hook
 
-    for name, module in model.named_modules():
-        if isinstance(module, ACTIVATIONS) or f"{name}.weight" in weights:
-            handles.append(module.register_forward_pre_hook(watch(name)))
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = [
+        (module, watch(name))
+        for name, module in model.named_modules()
+        if isinstance(module, ACTIVATIONS) or f"{name}.weight" in weights
+    ]
+    with forward_hooks(watched), torch.no_grad():
+        run(model)
     order = [name for name, _ in model.named_modules()]
     return tuple(sorted(inputs, key=order.index)), dict(sorted(activations.items(), key=lambda a: order.index(a[0])))
 
@@ -228,23 +226,16 @@ def _runs_with(model: nn.Module, name: str, module: nn.Module, run: Run, expecte
 def _tensor_to_tensor(model: nn.Module, run: Run) -> dict[str, bool]:
     """Modules that run once and make one float tensor of another -> whether both have one shape."""
     calls: dict[str, list[bool | None]] = {}
-    handles = []
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             tensors = isinstance(output, Tensor) and bool(args) and isinstance(args[0], Tensor)
             calls.setdefault(name, []).append(args[0].shape == output.shape if tensors else None)
 
         return hook
 
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_hook(watch(name)))
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with forward_hooks((module, watch(name)) for name, module in model.named_modules()), torch.no_grad():
+        run(model)
     order = [name for name, _ in model.named_modules()]
     once = {name: seen[0] for name, seen in calls.items() if len(seen) == 1 and (seen[0] is not None or not name)}
     return {name: bool(once[name]) for name in sorted(once, key=order.index)}

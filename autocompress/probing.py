@@ -17,6 +17,7 @@ from autocompress.artifact.codes import write_codes
 from autocompress.artifact.container import Codes, Plan, decode_artifact, decoded, encode_artifact
 from autocompress.artifact.pack import fold_norms, plans, unfold_norms
 from autocompress.compression import Candidate, ShadowedLayer, counted
+from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names
 from autocompress.space import BoundSpace, without_void
@@ -141,7 +142,7 @@ def zero_shares(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> dic
     """Name -> share of zeros in the outputs of these modules while `run()` runs the model that they are in."""
     zeros: dict[str, list[int]] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             seen = zeros.setdefault(name, [0, 0])
             seen[0] += int((output == 0).sum())
@@ -149,12 +150,8 @@ def zero_shares(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> dic
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
-    try:
+    with forward_hooks((module, watch(name)) for name, module in modules.items()):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: count / max(total, 1) for name, (count, total) in zeros.items()}
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import SpaceError
+from autocompress.hooks import forward_hooks
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Term, TrainingTechnique, register
 
@@ -48,11 +49,11 @@ class _Activity(Term):
 
     def __enter__(self) -> None:
         self.seen = []
-        self.handles = [module.register_forward_hook(self._watch) for module in self.activations]
+        self.watching = forward_hooks((module, self._watch) for module in self.activations)
+        self.watching.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.watching.__exit__(None, None, None)
 
     def _watch(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.seen.append(output.float().abs().pow(self.power).mean())

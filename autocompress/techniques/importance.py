@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from autocompress.anatomy import ChannelGraph
 from autocompress.errors import SpaceError
+from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import Choice
 from autocompress.task import Calibration
 from autocompress.techniques.base import TrainingTechnique, register
@@ -73,11 +74,8 @@ def _activation(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
         positive = output.float().clamp_min(0)
         seen.append((positive > 0).float().mean(places) + 1e-3 * positive.mean(places))
 
-    handle = maker.register_forward_hook(watch)
-    try:
+    with forward_hooks([(maker, watch)]):
         run(graph.model)
-    finally:
-        handle.remove()
     return torch.stack(seen).mean(0)
 
 
@@ -88,12 +86,8 @@ def _kl(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
     reference = _flat(run(graph.model))
     rise = []
     for channel in range(graph.channels(group)):
-        handles = [maker.register_forward_hook(_silence(channel)) for maker in makers]
-        try:
+        with forward_hooks((maker, _silence(channel)) for maker in makers):
             output = _flat(run(graph.model))
-        finally:
-            for handle in handles:
-                handle.remove()
         p, q = reference.log_softmax(1), output.log_softmax(1)
         rise.append((p.exp() * (p - q)).sum(1).mean())
     return torch.stack(rise)
@@ -125,18 +119,14 @@ def _gates(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
         noise = torch.rand(count, generator=generator).clamp(1e-6, 1 - 1e-6).to(device)
         soft = torch.sigmoid((noise.logit() + odds) / _SLOPE)
         gates = (soft * (high - low) + low).clamp(0, 1)
-        handles = [maker.register_forward_hook(_scale(gates)) for maker in makers]
-        try:
+        with forward_hooks((maker, _scale(gates)) for maker in makers):
             (gradient,) = torch.autograd.grad(run.loss(graph.model), odds)
-        finally:
-            for handle in handles:
-                handle.remove()
         with torch.no_grad():
             odds -= 0.2 * gradient * count**0.5 / gradient.norm().clamp_min(1e-12)
     return odds.detach()
 
 
-def _scale(gates: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _scale(gates: Tensor) -> Hook:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         shape = [1] * output.ndim
         shape[_channel_dimension(module, output)] = len(gates)
@@ -145,7 +135,7 @@ def _scale(gates: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     return hook
 
 
-def _silence(channel: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _silence(channel: int) -> Hook:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         output = output.clone()
         output.select(_channel_dimension(module, output), channel).zero_()
