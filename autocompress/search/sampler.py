@@ -31,7 +31,7 @@ from autocompress.front import non_dominated
 from autocompress.recipe import Choice
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
-from autocompress.space import BoundDimension, without_void
+from autocompress.space import without_void
 from autocompress.techniques.base import structures, trainings
 
 WALK, POLISH = 0.5, 0.85
@@ -73,8 +73,6 @@ class FrontierSampler(BaseSampler):
     original on the validation split. max_size_bytes, min_accuracy: where the search should look.
     """
 
-    lineage = True
-
     def __init__(
         self,
         profile: Profile,
@@ -84,14 +82,9 @@ class FrontierSampler(BaseSampler):
         max_size_bytes: float | None = None,
         min_accuracy: float | None = None,
     ) -> None:
-        self.profile, self.budget, self.base_accuracy, self.seed = (
-            profile,
-            budget,
-            base_accuracy,
-            seed,
-        )
+        self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
-        self.dimensions: dict[str, BoundDimension] = {d.key: d for d in profile.space}
+        self.dimensions = profile.dimensions
         self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
         self._ratios: dict[int, float] = {}
