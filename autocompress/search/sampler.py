@@ -40,8 +40,8 @@ _FEWEST, _LONGEST = 6, 0.35
 """Steps of the walk of a small budget, and the smallest share of its bytes that one step leaves."""
 _PLANNED = ("channels", "sparsity", "weights")
 """Dimensions that step from one choice to the next."""
-_REACH = 3
-"""Levels that one dimension may move in one step."""
+_REACH = 0.35
+"""Share of its levels that one dimension may move in one step."""
 
 
 def _rebuilds(dimension: str) -> bool:
@@ -363,7 +363,7 @@ class FrontierSampler(BaseSampler):
             low = at if d.name in ("sparsity", "weights") else 0
             if both_ways and d.name in ("sparsity", "weights"):
                 low = max(0, at - 1)
-            high = at + 1 + _REACH if d.name in _PLANNED else len(d.choices)
+            high = at + 1 + math.ceil(_REACH * len(d.choices)) if d.name in _PLANNED else len(d.choices)
             near = d.choices[low:high]
             allowed[key] = tuple(choice for choice in near if self._follows(key, parent, choice))
         return allowed
