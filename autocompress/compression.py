@@ -115,7 +115,11 @@ class Candidate:
     def _weights(self) -> list[tuple[str, str]]:
         """(name of the tensor, site) of all weights that are layers of the original, or parts of one."""
         sites = {layer.parameter: layer.name for layer in self.anatomy.layers}
-        return [(key, sites[name]) for key, name in original_names(self.model).items() if name in sites]
+        return [
+            (key, sites[name])
+            for key, name in original_names(self.model).items()
+            if name in sites and self.model.get_parameter(key).ndim > 1
+        ]
 
     def set_masks(self, share: float = 1.0, start: Mapping[str, float] | None = None, regrown: float = 0.0) -> None:
         """Draw the masks from the weights as they are, at `share` of the way from `start` (site -> share of

@@ -204,7 +204,7 @@ def weights_left(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str,
             left = dict.fromkeys(whole, 0)
             model = rebuilt(candidate, dimension.site, dimension.name, choice)
             for key, name in original_names(model).items():
-                if name in sites:
+                if name in sites and model.get_parameter(key).ndim > 1:
                     left[sites[name]] += model.get_parameter(key).numel()
             changed = {name: count / whole[name] for name, count in left.items() if count != whole[name]}
             out.setdefault(dimension.key, {})[str(choice)] = changed

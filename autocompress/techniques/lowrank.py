@@ -21,23 +21,29 @@ from autocompress.replacement import Replacement
 from autocompress.task import Calibration
 from autocompress.techniques.structure import Structure, offer
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class LowRank(Replacement):
-    """into: the layer with `rank` outputs. out: pointwise, from there to all outputs."""
+    """into: the layer with `rank` outputs. out: pointwise, from there to all outputs. bend: what is between."""
 
     hidden = frozenset({"into"})
 
-    def __init__(self, into: Layer, out: Layer) -> None:
+    def __init__(self, into: Layer, out: Layer, bend: nn.Module | None = None) -> None:
         super().__init__()
-        self.into, self.out = into, out
+        self.into, self.bend, self.out = into, bend or nn.Identity(), out
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.into(x))  # type: ignore[no-any-return]
+        return self.out(self.bend(self.into(x)))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def fill(self, into: Tensor, out: Tensor, bias: Tensor | None) -> None:
+        """into: float32 [rank, inputs x kernel]. out: float32 [outputs, rank]. bias: float32 [outputs]."""
+        self.into.weight.copy_(into.view_as(self.into.weight))
+        self.out.weight.copy_(out.view_as(self.out.weight))
+        if self.out.bias is not None and bias is not None:
+            self.out.bias.copy_(bias)
 
 
 class Factorise(Structure):
@@ -47,36 +53,19 @@ class Factorise(Structure):
         _share(choice)
 
     def fits(self, choice: str, block: Block, anatomy: Anatomy) -> bool:
-        if block.kind not in [kind.__name__ for kind in _KINDS] or len(block.layers) != 1:
-            return False
-        shape = anatomy.layer(block.layers[0]).shape
-        outputs, inputs = shape[0], math.prod(shape[1:])
-        return not block.grouped and _rank(choice, outputs, inputs) * (outputs + inputs) < outputs * inputs
+        return weights_saved(block, anatomy, _share(choice), 1)
 
-    @torch.no_grad()
     def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
-        module = model.get_submodule(name)
-        assert isinstance(module, (LowRank, *_KINDS))
-        if isinstance(module, LowRank):
-            weight = (module.out.weight.flatten(1) @ module.into.weight.flatten(1)).float()
-            layer, bias = module.into, module.out.bias
-        else:
-            weight, layer, bias = module.weight.flatten(1).float(), module, module.bias
-        u, s, v = torch.linalg.svd(weight, full_matrices=False)
-        rank = _rank(choice, *weight.shape)
-        new = _pair(layer, len(weight), rank, bias is not None).to(weight.device)
-        root = s[:rank].sqrt()
-        new.into.weight.copy_((root[:, None] * v[:rank]).view_as(new.into.weight))
-        new.out.weight.copy_((u[:, :rank] * root).view_as(new.out.weight))
-        if bias is not None and new.out.bias is not None:
-            new.out.bias.copy_(bias)
+        layer, into, out, bias = factors(model.get_submodule(name))
+        rank = rank_of(_share(choice), len(out), into.shape[1])
+        new = pair(layer, len(out), rank, bias is not None).to(into.device)
+        new.fill(into[:rank], out[:, :rank], bias)
         return new
 
     def blank(self, module: nn.Module, choice: str) -> nn.Module:
-        assert isinstance(module, _KINDS)
-        return _pair(
-            module, len(module.weight), _rank(choice, *module.weight.flatten(1).shape), module.bias is not None
-        )
+        assert isinstance(module, KINDS)
+        rank = rank_of(_share(choice), *module.weight.flatten(1).shape)
+        return pair(module, len(module.weight), rank, module.bias is not None)
 
     def follows(self, before: str, after: str) -> bool:
         return before.startswith("lowrank-") and _share(after) <= _share(before)
@@ -89,17 +78,42 @@ def _share(choice: str) -> float:
     return share
 
 
-def _rank(choice: str, outputs: int, inputs: int) -> int:
-    return max(1, round(_share(choice) * min(outputs, inputs)))
+def rank_of(share: float, outputs: int, inputs: int) -> int:
+    """At least one; inputs: inputs x kernel."""
+    return max(1, round(share * min(outputs, inputs)))
 
 
-def _pair(layer: Layer, outputs: int, rank: int, bias: bool) -> LowRank:
+def weights_saved(block: Block, anatomy: Anatomy, share: float, count: int) -> bool:
+    """Whether `block` is a layer that `count` pairs of this share of its rank have fewer weights than."""
+    if block.kind not in [kind.__name__ for kind in KINDS] or len(block.layers) != 1 or block.grouped:
+        return False
+    shape = anatomy.layer(block.layers[0]).shape
+    outputs, inputs = shape[0], math.prod(shape[1:])
+    return count * rank_of(share, outputs, inputs) * (outputs + inputs) < outputs * inputs
+
+
+@torch.no_grad()
+def factors(module: nn.Module) -> tuple[Layer, Tensor, Tensor, Tensor | None]:
+    """(layer to be like, into float32 [full rank, inputs x kernel], out float32 [outputs, full rank], bias): the
+    singular value decomposition of a layer's weight, the largest values first, shared by both sides."""
+    assert isinstance(module, (LowRank, *KINDS))
+    if isinstance(module, LowRank):
+        weight = module.out.weight.flatten(1).float() @ module.into.weight.flatten(1).float()
+        layer, bias = module.into, module.out.bias
+    else:
+        weight, layer, bias = module.weight.flatten(1).float(), module, module.bias
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = s.sqrt()
+    return layer, root[:, None] * v, u * root, bias
+
+
+def pair(layer: Layer, outputs: int, rank: int, bias: bool, bend: nn.Module | None = None) -> LowRank:
     """Two untrained layers of the kind of `layer`."""
     if isinstance(layer, nn.Linear):
-        return LowRank(nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
+        return LowRank(nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, outputs, bias=bias), bend)
     kind: Any = type(layer)
     same = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    return LowRank(kind(layer.in_channels, rank, bias=False, **same), kind(rank, outputs, 1, bias=bias))
+    return LowRank(kind(layer.in_channels, rank, bias=False, **same), kind(rank, outputs, 1, bias=bias), bend)
 
 
 offer(Factorise())

@@ -1,12 +1,14 @@
-"""Stacked small networks: a block, or the whole model, becomes k narrow copies of itself side by side.
+"""Stacked small networks: a layer, a block or the whole model becomes k narrow networks side by side.
 
-`stack-2x0.25`: two copies, each with a quarter of the channels that live inside the block; `stack-2` is
-`stack-2x0.5`. By importance, the first copy takes the first, third, ... channel, the second the others,
-with the weights between them; what the copies give is averaged. So a wide block of n x n weights becomes k of
-(n/k)^2. For the whole model it is an ensemble of narrow members (Zhao et al., Divide and Co-training, 2020).
+`stack-2x0.25`: two, each with a quarter of the channels that live inside the block; `stack-2` is `stack-2x0.5`. By
+importance, the first takes the first, third, ... channel, the second the others, with the weights between them;
+what they give is averaged. So a wide block of n x n weights becomes k of (n/k)^2. For the whole model it is an
+ensemble of narrow members (Zhao et al., Divide and Co-training, 2020). A single layer has no channels inside: each of
+its networks has that share of its singular directions and bends between them, by a parametric ReLU (He et al., ICCV
+2015) that begins as the identity.
 
-Not for single layers, blocks without channels of their own, blocks where the copies would have as many weights, and
-modules that do not make one tensor of one.
+Not for blocks without channels of their own or where the networks would have as many weights, grouped and transposed
+convolutions, and modules that do not make one tensor of one.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from autocompress.anatomy import Anatomy, Block, ChannelGraph, read_anatomy
 from autocompress.replacement import Replacement
 from autocompress.task import Calibration
 from autocompress.techniques.importance import importance
+from autocompress.techniques.lowrank import KINDS, LowRank, factors, pair, rank_of, weights_saved
 from autocompress.techniques.structure import Structure, offer
 
 
@@ -47,6 +50,8 @@ class Narrow(Structure):
 
     def fits(self, choice: str, block: Block, anatomy: Anatomy) -> bool:
         count, share = _parts(choice)
+        if not block.inner:
+            return weights_saved(block, anatomy, share, count)
         left = 0.0
         for layer in (anatomy.layer(name) for name in block.layers):
             inner = [part for group, part in layer.groups if group in block.inner]
@@ -56,6 +61,8 @@ class Narrow(Structure):
 
     def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
         (count, share), copies = _parts(choice), []
+        if isinstance(model.get_submodule(name), (LowRank, *KINDS)):
+            return _bent(model.get_submodule(name), count, share)
         inner = next(block.inner for block in read_anatomy(model, run).blocks if block.name == name)
         for number in range(count):
             twin = copy.deepcopy(model)
@@ -71,7 +78,25 @@ class Narrow(Structure):
         return Stack(copies)
 
     def blank(self, module: nn.Module, choice: str) -> nn.Module:
-        return Stack([copy.deepcopy(module) for _ in range(_parts(choice)[0])])
+        count, share = _parts(choice)
+        if isinstance(module, KINDS):
+            rank = rank_of(share, *module.weight.flatten(1).shape)
+            shape = module, len(module.weight), rank, module.bias is not None
+            return Stack([pair(*shape, nn.PReLU(init=1.0)) for _ in range(count)])
+        return Stack([copy.deepcopy(module) for _ in range(count)])
+
+
+def _bent(module: nn.Module, count: int, share: float) -> Stack:
+    """A layer as networks of two layers; together they do at first what its truncated decomposition does."""
+    layer, into, out, bias = factors(module)
+    rank = rank_of(share, len(out), into.shape[1])
+    networks = []
+    for number in range(count):
+        own = range(number, min(count * rank, len(into)), count)
+        network = pair(layer, len(out), len(own), bias is not None, nn.PReLU(init=1.0)).to(into.device)
+        network.fill(into[own], count * out[:, own], bias)
+        networks.append(network)
+    return Stack(list(networks))
 
 
 def _parts(choice: str) -> tuple[int, float]:

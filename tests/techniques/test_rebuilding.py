@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from autocompress.compression import Candidate
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.task import Task, load_task, measure
+from autocompress.task import Calibration, Task, load_task, measure
 from autocompress.techniques.base import structures
 from autocompress.training import fine_tune
 from autocompress.trial import Workshop
@@ -129,6 +130,21 @@ def test_copies_of_a_stack_share_out_the_channels_of_their_block() -> None:
     both = first(inputs) + second(inputs) - block[2].bias
     torch.testing.assert_close(both, expected)
     torch.testing.assert_close(model[0](inputs), (first(inputs) + second(inputs)) / 2)
+
+
+def test_a_stacked_layer_begins_as_its_truncated_decomposition() -> None:
+    torch.manual_seed(0)
+    for layer, inputs in ((nn.Linear(40, 30), torch.randn(9, 40)), (nn.Conv2d(8, 30, 3), torch.randn(2, 8, 5, 5))):
+        models = [nn.Sequential(copy.deepcopy(layer)) for _ in range(2)]
+        run = Calibration(Task(models[0], [(inputs, torch.zeros(len(inputs)))], [], []), [(inputs, None)])
+        stacked = STRUCTURE.apply(models[0], {"0": "stack-2x0.2"}, run)
+        factorised = STRUCTURE.apply(models[1], {"0": "lowrank-0.4"}, run)
+        torch.testing.assert_close(stacked(inputs), factorised(inputs), rtol=1e-3, atol=1e-4)
+        assert [type(part).__name__ for part in stacked[0].children()] == ["LowRank", "LowRank"]
+        with torch.no_grad():
+            for part in stacked[0].children():
+                part.bend.weight.fill_(0.0)  # a true ReLU: no layer can do this
+        assert not torch.allclose(stacked(inputs), factorised(inputs), atol=0.01)
 
 
 def test_an_ensemble_of_narrow_members_learns() -> None:
