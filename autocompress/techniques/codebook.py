@@ -66,7 +66,7 @@ class Codebook(Coding):
     def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         """Places, linear between the values of the book."""
         book = _book(parameters.detach())
-        below = torch.bucketize(weight.detach(), book, right=True).sub_(1).clamp_(0, len(book) - 2)
+        below = torch.bucketize(weight.detach().contiguous(), book, right=True).sub_(1).clamp_(0, len(book) - 2)
         width = (book[below + 1] - book[below]).clamp_min(1e-12)
         return (below - _zero(book) + (weight - book[below]) / width).clamp(-_zero(book), len(book) - 1 - _zero(book))
 
@@ -101,7 +101,7 @@ def _without_zero(book: Tensor) -> Tensor:
 
 
 def _nearest(weight: Tensor, book: Tensor) -> Tensor:
-    places = torch.bucketize(weight, (book[1:] + book[:-1]) / 2)
+    places = torch.bucketize(weight.contiguous(), (book[1:] + book[:-1]) / 2)
     return torch.where(weight == 0, _zero(book), places)
 
 
