@@ -51,7 +51,7 @@ class Prober:
         for batch, (reference, target) in zip(self.batches, self.references, strict=True):
             total += float(divergence(self._run(model, batch)[0], reference, target))
         value = total / max(len(self.batches), 1)
-        return value if np.isfinite(value) else 1e6
+        return max(value, 0.0) if np.isfinite(value) else 1e6  # a divergence of nothing may round to below zero
 
     def effects(
         self,

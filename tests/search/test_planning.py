@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import small_digits, zoo_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,6 +89,15 @@ def test_vectors_as_they_are_change_nothing_and_fewer_bits_change_more() -> None
     assert effects[0] == pytest.approx(0, abs=1e-6)
     assert effects[1] < 1e-6
     assert effects[1] < effects[2] < effects[3]
+
+
+def test_a_distance_is_never_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of float32 may round a divergence of nothing to -1e-9, and its root is taken for the learning rate."""
+    task = small_digits()
+    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    prober = workshop.prober
+    monkeypatch.setattr("autocompress.probing.divergence", lambda *given: torch.tensor(-1e-9))
+    assert prober.distance(workshop.original) == 0
 
 
 def large(layers: int, sparsities: int, widths: int) -> tuple[Profile, dict[str, tuple[Choice, ...]]]:
