@@ -353,10 +353,11 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Try every choice alone, without training: how much does each layer feel it? A table and a heat map."""
-    from autocompress.report.plot import plot_profile
+    from autocompress.report.plot import check_picture, plot_profile
     from autocompress.report.sensitivity import sensitivity_table
     from autocompress.search import controller
 
+    check_picture(output)
     measured = controller.profile(task, space)
     if as_json:
         print_json(measured.effects)

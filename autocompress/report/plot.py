@@ -22,12 +22,17 @@ _SHOWN = 30.0
 _BLUE, _GREY, _ORANGE = "#1f5fa8", "#8a8f98", "#d9661f"
 
 
+def check_picture(path: Path) -> None:
+    """Raises TargetError for a suffix that cannot be drawn: known before the work for it begins."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise TargetError(f"cannot draw {path.name!r}: give a name that ends in .png, .svg or .pdf")
+
+
 @contextmanager
 def _picture(path: Path, width: float, height: float) -> Iterator[Axes]:
     """Axes to draw on; saved when the block ends. width, height: inches. Raises TargetError for a suffix
     that cannot be drawn."""
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise TargetError(f"cannot draw {path.name!r}: give a name that ends in .png, .svg or .pdf")
+    check_picture(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
