@@ -23,8 +23,18 @@ from autocompress.replacement import original_names, origins
 from autocompress.space import without_void
 from autocompress.surgery import assign, owners, tensors
 from autocompress.task import Calibration
-from autocompress.techniques.base import Coding, Masking, SparseLayer, coding_of, maskings, structures, trainings
+from autocompress.techniques.base import (
+    Coding,
+    Masking,
+    SparseLayer,
+    TrainingTechnique,
+    coding_of,
+    maskings,
+    structures,
+    trainings,
+)
 from autocompress.techniques.channels import kept_channels
+from autocompress.techniques.clipping import WeightClipping
 
 _STEP = "autocompress.parameters/"
 
@@ -80,8 +90,11 @@ class Candidate:
         choices = {k.rpartition("|")[0]: k.rpartition("|")[2] for k in learned}
         options = {dimension: choice for site, dimension, choice in recipe if site == MODEL}
         self.training = [(technique, options.get(name, technique.default)) for name, technique in trainings().items()]
-        self.regrows = options.get("regrow", "none") != "none"
-        clipping = str(options.get("weight_clipping", "mse"))
+        self.regrows = any(
+            choice != technique.default and type(technique).regrown is not TrainingTechnique.regrown
+            for technique, choice in self.training
+        )
+        clipping = str(options.get(WeightClipping.name, WeightClipping.default))
         if parent:
             for name, structure in structures().items():
                 if structure.permanent and parent_recipe is not None:

@@ -17,9 +17,10 @@ from autocompress.surgery import owners
 class Replacement(nn.Module):
     """Stands in for one module of the original; its children are parts of that module.
 
-    hidden: children whose output channels are no channels of the original.
+    hidden: children whose output channels are no channels of the original. choice: of the recipe that made it.
     """
 
+    choice: str = ""
     hidden: ClassVar[frozenset[str]] = frozenset()
 
 
@@ -32,7 +33,7 @@ class Dropped(Replacement):
 
 def origins(model: nn.Module) -> dict[str, str]:
     """Name of each module of `model` -> name of the original's module that it is, or is a part of."""
-    return {name: origin for name, origin, _ in _walk(model, "", "", False)}
+    return {name: origin for _, name, origin, _ in _walk(model, "", "", False)}
 
 
 def original_names(model: nn.Module) -> dict[str, str]:
@@ -43,13 +44,11 @@ def original_names(model: nn.Module) -> dict[str, str]:
 
 def channel_makers(model: nn.Module) -> dict[int, str]:
     """id of each module -> the original's module whose output channels it makes; its own name if none."""
-    return {
-        id(model.get_submodule(name)): name if inner else origin for name, origin, inner in _walk(model, "", "", False)
-    }
+    return {id(module): name if inner else origin for module, name, origin, inner in _walk(model, "", "", False)}
 
 
-def _walk(module: nn.Module, name: str, origin: str, inner: bool) -> Iterator[tuple[str, str, bool]]:
-    yield name, origin, inner
+def _walk(module: nn.Module, name: str, origin: str, inner: bool) -> Iterator[tuple[nn.Module, str, str, bool]]:
+    yield module, name, origin, inner
     hidden = module.hidden if isinstance(module, Replacement) else frozenset[str]()
     for child, submodule in module.named_children():
         below = origin if isinstance(module, Replacement) else _join(origin, child)

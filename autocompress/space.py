@@ -30,6 +30,10 @@ class Dimension(Protocol):
     def default(self) -> Choice: ...
 
     @property
+    def voiding(self) -> bool:
+        """Whether `voids` is ever true."""
+
+    @property
     def about(self) -> str:
         """One line for people."""
 
@@ -63,17 +67,17 @@ def dimensions() -> Mapping[str, Dimension]:
 
 def without_void(chosen: Mapping[str, Choice]) -> dict[str, Choice]:
     """`chosen` (key -> choice) without what other choices leave no room for: a dropped layer has none."""
-    left: list[tuple[str, str, Choice]] = []
-    made = [(key.rpartition(":")[0], key.rpartition(":")[2], choice) for key, choice in chosen.items()]
-    for at, by, choice in sorted(made, key=lambda one: (one[0] != MODEL, len(one[0]))):  # from the outside in
-        if not any(_DIMENSIONS[name].voids(other, site, by, at) for site, name, other in left):
-            left.append((at, by, choice))
-    kept = {
-        f"{site}:{name}"
-        for site, name, choice in left
-        if not any(_DIMENSIONS[by].voids(other, at, name, site) for at, by, other in left)
-    }
-    return {key: choice for key, choice in chosen.items() if key in kept}
+    voiding: list[tuple[str, str, Choice]] = []
+
+    def void(key: str) -> bool:
+        site, _, name = key.rpartition(":")
+        return any(_DIMENSIONS[by].voids(choice, at, name, site) for at, by, choice in voiding)
+
+    able = [key for key in chosen if _DIMENSIONS[key.rpartition(":")[2]].voiding]
+    for key in sorted(able, key=lambda key: (not key.startswith(f"{MODEL}:"), len(key))):  # from the outside in
+        if not void(key):
+            voiding.append((*key.rpartition(":")[::2], chosen[key]))
+    return {key: choice for key, choice in chosen.items() if not void(key)}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from autocompress.probing import Prober, layer_bytes, vector_bytes, wanted_choic
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.task import Calibration, Task, batch_size, device_of, measure, to_device
+from autocompress.task import Calibration, Task, batch_size, measure, to_device
 from autocompress.training import fine_tune, step_costs
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
@@ -84,7 +84,7 @@ def seed_everything(seed: int) -> None:
 
 
 def calibration_batches(task: Task, device: torch.device) -> Calibration:
-    """The first training batches, up to 256 samples."""
+    """The first training batches, until they hold 192 samples."""
     seed_everything(0)
     batches, count = [], 0
     for batch in task.batches("train"):
@@ -105,16 +105,17 @@ class Workshop:
         self,
         task: Task,
         original: nn.Module,
-        space: BoundSpace,
+        space: BoundSpace | SearchSpace,
         folder: Path,
         seed: int,
         device: str = "cpu",
     ) -> None:
-        self.task, self.space, self.folder, self.seed = task, space, folder, seed
+        self.task, self.folder, self.seed = task, folder, seed
         self.device = torch.device(device)
         self.original = original.to(self.device).eval()
         self.calibration = calibration_batches(task, self.device)
         self.anatomy: Anatomy = read_anatomy(self.original, self.calibration)
+        self.space = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space
         self._prober: Prober | None = None
 
     @property
@@ -126,9 +127,7 @@ class Workshop:
     @classmethod
     def on(cls, task: Task, space: SearchSpace, folder: Path, seed: int = 0) -> Workshop:
         """A workshop for a trained model, with `space` bound to it."""
-        model = task.build()
-        anatomy = read_anatomy(model, calibration_batches(task, device_of(model)))
-        return cls(task, model, space.bind(anatomy), folder, seed)
+        return cls(task, task.build(), space, folder, seed)
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)

@@ -195,7 +195,10 @@ def main() -> None:
             ordered = [known[t, r] for t in TASKS for r in ROWS if (t, r) in known]
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
     results = [known[t, r] for t in TASKS for r in ROWS if (t, r) in known]
-    print(markdown(results)) if given.markdown else out.print(table(results))
+    if given.markdown:
+        print(markdown(results))
+    else:
+        out.print(table(results))
 
 
 if __name__ == "__main__":

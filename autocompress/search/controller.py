@@ -169,9 +169,8 @@ def profile(task: Task | str, space: str | Path | SearchSpace = "default", *, se
     rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
     model = trained(given, seed)
     check_task(given, model)
-    anatomy = Workshop(given, model, BoundSpace(()), Path(), seed, _device()).anatomy
-    workshop = Workshop(given, model, rules.bind(anatomy), Path(), seed, _device())
-    return Profile(workshop.space, anatomy, measured_profile(workshop))
+    workshop = Workshop(given, model, rules, Path(), seed, _device())
+    return Profile(workshop.space, workshop.anatomy, measured_profile(workshop))
 
 
 def trained(task: Task, seed: int, tell: Callable[[str], None] = lambda phase: None) -> nn.Module:
@@ -255,9 +254,8 @@ class Controller:
         )
         self._check_accuracy_target()
         self._tell("reading the model")
-        probe = Workshop(task, self.original, BoundSpace(()), folder, self.seed, _device())
-        self.space = rules.bind(probe.anatomy)
-        self.workshop = Workshop(task, self.original, self.space, folder, self.seed, _device())
+        self.workshop = Workshop(task, self.original, rules, folder, self.seed, _device())
+        self.space = self.workshop.space
         for site, reason in self.workshop.anatomy.left_alone.items():
             self.log.info("left alone: %s: %s", site, reason)
         self._tell("profiling every choice")

@@ -67,7 +67,7 @@ class Activation(StructureTechnique):
     default = _KEEP
 
     @property
-    def about(self) -> str:  # type: ignore[override]
+    def about(self) -> str:
         return f"function of an activation: {_KEEP}, or " + ", ".join(_OFFERS)
 
     def examples(self) -> Sequence[Choice]:

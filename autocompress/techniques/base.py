@@ -36,11 +36,17 @@ from autocompress.task import Calibration
 
 
 class Technique(ABC):
-    """name: its dimension. default: the choice that changes nothing. about: one line for people."""
+    """name: its dimension. default: the choice that changes nothing. voiding: whether a choice of it can leave
+    others nothing to do (see `voids`)."""
 
     name: ClassVar[str]
     default: ClassVar[Choice]
-    about: ClassVar[str]
+    voiding: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """One line for people."""
 
     @abstractmethod
     def examples(self) -> Sequence[Choice]:
@@ -134,7 +140,7 @@ class Coding(Technique):
 
     name: ClassVar[str] = "weights"
     default: ClassVar[Choice] = "float32"
-    about: ClassVar[str] = "number format of the weights of a layer"
+    about = "number format of the weights of a layer"
     tag: ClassVar[int]
     repeats: ClassVar[bool] = False
 
@@ -264,6 +270,7 @@ class _CodingDimension:
     """The union of codings as one dimension of the space."""
 
     default: Choice = "float32"
+    voiding = False
 
     def __init__(self, name: str, about: str, sites: Callable[[Anatomy], Sequence[str]]) -> None:
         self.name, self.about, self.sites = name, about, sites

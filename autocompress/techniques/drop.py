@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from autocompress.anatomy import Anatomy, Block
-from autocompress.replacement import Dropped
+from autocompress.replacement import Dropped, Replacement
 from autocompress.task import Calibration
 from autocompress.techniques.structure import Structure, offer
 
@@ -26,10 +26,10 @@ class Drop(Structure):
     def fits(self, choice: str, block: Block, anatomy: Anatomy) -> bool:
         return block.droppable
 
-    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> Replacement:
         return Dropped()
 
-    def blank(self, module: nn.Module, choice: str) -> nn.Module:
+    def blank(self, module: nn.Module, choice: str) -> Replacement:
         return Dropped()
 
     def follows(self, before: str, after: str) -> bool:

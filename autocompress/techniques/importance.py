@@ -37,7 +37,7 @@ class Importance(TrainingTechnique):
     default = "l2"
 
     @property
-    def about(self) -> str:  # type: ignore[override]
+    def about(self) -> str:
         return "which channels go first: " + ", ".join(_CRITERIA)
 
     def examples(self) -> Sequence[Choice]:

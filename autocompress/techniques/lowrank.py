@@ -35,7 +35,8 @@ class LowRank(Replacement):
         self.into, self.bend, self.out = into, bend or nn.Identity(), out
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.bend(self.into(x)))  # type: ignore[no-any-return]
+        y: Tensor = self.out(self.bend(self.into(x)))
+        return y
 
     @torch.no_grad()
     def fill(self, into: Tensor, out: Tensor, bias: Tensor | None) -> None:
@@ -55,14 +56,14 @@ class Factorise(Structure):
     def fits(self, choice: str, block: Block, anatomy: Anatomy) -> bool:
         return weights_saved(block, anatomy, _share(choice), 1)
 
-    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> Replacement:
         layer, into, out, bias = factors(model.get_submodule(name))
         rank = rank_of(_share(choice), len(out), into.shape[1])
         new = pair(layer, len(out), rank, bias is not None).to(into.device)
         new.fill(into[:rank], out[:, :rank], bias)
         return new
 
-    def blank(self, module: nn.Module, choice: str) -> nn.Module:
+    def blank(self, module: nn.Module, choice: str) -> Replacement:
         assert isinstance(module, KINDS)
         rank = rank_of(_share(choice), *module.weight.flatten(1).shape)
         return pair(module, len(module.weight), rank, module.bias is not None)

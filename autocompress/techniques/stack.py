@@ -59,7 +59,7 @@ class Narrow(Structure):
         widths = [group.channels for group in anatomy.groups if group.name in block.inner]
         return left < 0.95 * sum(anatomy.layer(name).numel for name in block.layers) and min(widths) * share >= 2
 
-    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> Replacement:
         (count, share), copies = _parts(choice), []
         if isinstance(model.get_submodule(name), (LowRank, *KINDS)):
             return _bent(model.get_submodule(name), count, share)
@@ -77,7 +77,7 @@ class Narrow(Structure):
             copies.append(twin.get_submodule(name))
         return Stack(copies)
 
-    def blank(self, module: nn.Module, choice: str) -> nn.Module:
+    def blank(self, module: nn.Module, choice: str) -> Replacement:
         count, share = _parts(choice)
         if isinstance(module, KINDS):
             rank = rank_of(share, *module.weight.flatten(1).shape)

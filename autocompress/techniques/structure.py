@@ -18,7 +18,7 @@ from torch import nn
 from autocompress.anatomy import Anatomy, Block
 from autocompress.errors import SpaceError
 from autocompress.recipe import MODEL, Choice
-from autocompress.replacement import replaced
+from autocompress.replacement import Replacement, replaced
 from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register
 
@@ -43,11 +43,11 @@ class Structure(ABC):
         """Whether `block` can be rebuilt so, and has fewer weights then."""
 
     @abstractmethod
-    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> nn.Module:
+    def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> Replacement:
         """What stands in for the trained module `name` ("": all of `model`), initialised from it."""
 
     @abstractmethod
-    def blank(self, module: nn.Module, choice: str) -> nn.Module:
+    def blank(self, module: nn.Module, choice: str) -> Replacement:
         """The same with tensors of any value and shape, to be assigned."""
 
     def follows(self, before: str, after: str) -> bool:
@@ -73,10 +73,10 @@ def _structure(choice: Choice) -> Structure:
 class Structures(StructureTechnique):
     name = "structure"
     default = _KEEP
-    permanent = True
+    permanent = voiding = True
 
     @property
-    def about(self) -> str:  # type: ignore[override]
+    def about(self) -> str:
         offered = ", ".join(structure.example for structure in _OFFERS)
         return f"what stands in place of a layer, of a block or of the whole model: {_KEEP}, or {offered}"
 
@@ -122,27 +122,30 @@ class Structures(StructureTechnique):
         run: Calibration,
         options: Mapping[str, Choice] | None = None,
     ) -> nn.Module:
-        for site, choice in chosen.items():
-            name = "" if site == MODEL else site
-            if choice != _KEEP and getattr(model.get_submodule(name), "choice", None) != choice:
-                new = _structure(choice).build(model, name, str(choice), run)
-                new.choice = str(choice)  # type: ignore[assignment]
-                model = replaced(model, name, new)
+        for name, choice in _rebuilt(chosen):
+            if getattr(model.get_submodule(name), "choice", None) != choice:
+                model = _put(model, name, _structure(choice).build(model, name, choice, run), choice)
         return model
 
     def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
-        for site, choice in chosen.items():
-            name = "" if site == MODEL else site
-            if choice != _KEEP:
-                new = _structure(choice).blank(model.get_submodule(name), str(choice))
-                new.choice = str(choice)  # type: ignore[assignment]
-                model = replaced(model, name, new)
+        for name, choice in _rebuilt(chosen):
+            model = _put(model, name, _structure(choice).blank(model.get_submodule(name), choice), choice)
         return model
 
     def follows(self, before: Choice, after: Choice) -> bool:
         if before in (after, _KEEP):
             return True
         return after != _KEEP and _structure(after).follows(str(before), str(after))
+
+
+def _rebuilt(chosen: Mapping[str, Choice]) -> list[tuple[str, str]]:
+    """(name of the module, choice) of what is not kept."""
+    return [("" if site == MODEL else site, str(choice)) for site, choice in chosen.items() if choice != _KEEP]
+
+
+def _put(model: nn.Module, name: str, new: Replacement, choice: str) -> nn.Module:
+    new.choice = choice
+    return replaced(model, name, new)
 
 
 register(Structures())

@@ -12,13 +12,12 @@ from conftest import small_digits, zoo_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.anatomy import Anatomy, Layer
-from autocompress.recipe import Choice
 from autocompress.search.controller import profile as profile_of
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
-from autocompress.space import BoundDimension, BoundSpace, SearchSpace
+from autocompress.space import BoundSpace, SearchSpace
 from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
+from benchmarks.proposals import made_up
 
 
 def test_predicted_bytes_are_near_the_file_before_training(profile: Profile, tmp_path: Path) -> None:
@@ -100,33 +99,11 @@ def test_a_distance_is_never_below_zero(monkeypatch: pytest.MonkeyPatch) -> None
     assert prober.distance(workshop.original) == 0
 
 
-def large(layers: int, sparsities: int, widths: int) -> tuple[Profile, dict[str, tuple[Choice, ...]]]:
-    """A made-up net: each layer with its own effects and bytes, in pairs that share a group of channels."""
-    rng = np.random.default_rng(0)
-    dims, effects, table, made = [], {}, {}, []
-    for i in range(layers):
-        size, tender = rng.uniform(1e3, 1e5), rng.uniform(0.01, 1)
-        for name, count in (("sparsity", sparsities), ("weights", widths)):
-            choices = tuple(f"{name}{c}" for c in range(count))
-            dims.append(BoundDimension(f"l{i}", name, choices, choices[0]))
-            effects[f"l{i}:{name}"] = {c: tender * k**2 * rng.uniform(0.5, 1.5) for k, c in enumerate(choices)}
-        every = itertools.product(range(sparsities), range(widths))
-        table[f"l{i}"] = {f"sparsity{s}|weights{w}": size * 0.8**s * (1 - w / (widths + 1)) for s, w in every}
-        groups = ((f"l{i - i % 2}", 1.0),)
-        made.append(Layer(f"l{i}", f"l{i}.weight", (100, 100), "Linear", groups))
-        if i % 2 == 0:
-            dims.append(BoundDimension(f"l{i}", "channels", (1.0, 0.5, 0.25), 1.0))
-            effects[f"l{i}:channels"] = {"1.0": 0.0, "0.5": tender, "0.25": 5 * tender}
-    anatomy = Anatomy(tuple(made), (), {}, (), ((10, ()),))
-    measured = {"effects": effects, "layer_bytes": table, "weights_left": {}, "vector_bytes": {"float32": 40.0}}
-    profile = Profile(BoundSpace(tuple(dims)), anatomy, {**measured, "header_bytes": 100.0})
-    return profile, {d.key: d.choices for d in dims}
-
-
 def test_a_large_plan_is_near_the_bound_of_its_relaxation() -> None:
     """Weak duality: for any price, no recipe within the target has less effect than the cheapest recipe's
     effect + price x (bytes - target). Without shared groups that one is picked exactly."""
-    profile, allowed = large(200, 10, 10)
+    profile = made_up(200, 10, 10)
+    allowed = {d.key: d.choices for d in profile.space}
     free = {key: choices for key, choices in allowed.items() if not key.endswith("channels")}
     whole = profile.predict(profile.default())
     for share in (0.5, 0.2, 0.08):
@@ -146,7 +123,8 @@ def test_a_large_plan_is_near_the_bound_of_its_relaxation() -> None:
 
 
 def test_groups_of_channels_are_used_where_they_pay() -> None:
-    profile, allowed = large(40, 4, 4)
+    profile = made_up(40, 4, 4)
+    allowed = {d.key: d.choices for d in profile.space}
     target = 0.3 * profile.predict(profile.default())
     effect = {}
     for name, keys in (("without", [k for k in allowed if "channels" not in k]), ("with", list(allowed))):
