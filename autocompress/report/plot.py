@@ -48,7 +48,7 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Axes]:
 def plot_inside(artifact: Artifact, path: Path) -> Path:
     """Where the bytes of a file go: a bar for each layer, coloured by its format. Returns `path`."""
     shown = [part for part in parts(artifact) if part.size_bytes]
-    with _picture(path, 7.2, 1.2 + 0.27 * len(shown)) as axes:
+    with _picture(path, 8.2, 1.2 + 0.27 * len(shown)) as axes:
         colours: dict[str, str] = {}
         for part in shown:
             kind = part.stored_as if part.shape else part.name
@@ -60,10 +60,10 @@ def plot_inside(artifact: Artifact, path: Path) -> Path:
                 text += f"   {part.bits_per_weight:.2f} bits/w, {100 * part.zeros:.0f}% zeros"
             axes.annotate(text, (part.size_bytes, part.name), va="center", fontsize=8, color="#444")
         axes.invert_yaxis()
-        axes.set_xlim(right=1.5 * max(part.size_bytes for part in shown))
+        axes.set_xlim(right=1.6 * max(part.size_bytes for part in shown))
         axes.set_xlabel("bytes in the file")
         if colours:
-            axes.legend(loc="lower right", frameon=False)
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axes.set_title(f"{artifact.size_bytes:,} bytes", loc="left")
     return path
 
@@ -165,7 +165,8 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
         if min(accuracies) < floor:
             axes.set_ylim(bottom=floor)
             below = sum(1 for accuracy in accuracies if accuracy < floor)
-            axes.text(0.01, 0.02, f"{below} smaller files below {floor:.0f}%", transform=axes.transAxes, color=_GREY)
+            text = axes.text(0.01, 0.02, f"{below} smaller files below {floor:.0f}%", color=_GREY)
+            text.set(transform=axes.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         axes.grid(alpha=0.25)
         axes.legend(loc="lower right", frameon=False)
         axes.set_title(f"{front.task}: size versus accuracy", loc="left")

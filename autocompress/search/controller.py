@@ -24,6 +24,7 @@ from autocompress.durations import parse_duration
 from autocompress.errors import RunError, TargetError, TaskError
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
 from autocompress.search import engine
+from autocompress.search.pace import Pace
 from autocompress.search.profile import Profile
 from autocompress.search.profile_cache import measured_profile
 from autocompress.search.run_folder import (
@@ -237,9 +238,7 @@ class Controller:
         self.seed = int(settings["seed"])
         self.budget = int(settings["budget"])
         self.began = time.monotonic()
-        limit = settings.get("time_budget_seconds")
-        self.deadline = math.inf if limit is None else self.began + float(limit)
-        self.searching_since, self.finished_before = self.began, 0
+        self.pace = Pace(settings.get("time_budget_seconds"))
         self.study: SearchStudy | None = None
         self.log = _open_log(folder)
         self.base: Base | None = None
@@ -346,7 +345,8 @@ class Controller:
             ) from error
         ray_folder = engine.start_ray(workers)
         try:
-            fruitless, self.searching_since, self.finished_before = 0, time.monotonic(), self.study.finished()
+            fruitless = 0
+            self.pace.start(self.study.finished())
             while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._late():
                 before = len(self.study.complete())
                 scratch = Path(tempfile.mkdtemp(dir=ray_folder))
@@ -364,25 +364,16 @@ class Controller:
             engine.stop_ray(ray_folder)
 
     def _late(self) -> bool:
-        """Whether a trial that began now would end after the deadline, as long as trials have taken so far."""
-        return time.monotonic() + self._seconds_a_trial() > self.deadline
-
-    def _seconds_a_trial(self) -> float:
-        """Wall time of one trial, by the median; 0 before the first."""
         assert self.study is not None
-        took = sorted(float(trial.user_attrs["seconds"]) for trial in self.study.complete())
-        return took[len(took) // 2] if took else 0.0
+        return self.pace.late([float(trial.user_attrs["seconds"]) for trial in self.study.complete()])
 
-    def _pace(self) -> None:
-        """As many trials as fit: what was finished, and as many again as the time left is longer."""
+    def _keep_pace(self) -> None:
+        """With a budget of time alone, that of trials follows."""
         assert self.study is not None
-        if not self.settings.get("paced"):
-            return
-        now, finished = time.monotonic(), self.study.finished()
-        left = max(self.deadline - now, 0.0) / max(now - self.searching_since, 1e-3)
-        self.budget = self.study.budget = finished + round(max(finished - self.finished_before, 1) * left)
-        if isinstance(self.sampler, FrontierSampler):
-            self.sampler.budget = self.budget
+        if self.settings.get("paced"):
+            self.budget = self.study.budget = self.pace.fits(self.study.finished())
+            if isinstance(self.sampler, FrontierSampler):
+                self.sampler.budget = self.budget
 
     def _fail_lost(self) -> None:
         """Trials of a Tune run that ended early: their worker is gone."""
@@ -414,7 +405,7 @@ class Controller:
     def finished(self, number: int, result: TrialResult) -> None:
         assert self.study is not None
         self.study.tell(number, result)
-        self._pace()
+        self._keep_pace()
         self.log.info(
             "trial %d: %d bytes, validation accuracy %.4f",
             number,
