@@ -93,7 +93,7 @@ def search(
         typer.Option(help="Trials at a time; by default one per GPU, else one per CPU core."),
     ] = None,
     sampler: Annotated[
-        str, typer.Option(help="Who proposes candidates: frontier (ours), tpe, nsga2 or random.")
+        str, typer.Option(help="Who proposes candidates: frontier (ours), tpe, nsga2, gp or random.")
     ] = "frontier",
     max_size: MaxSize = None,
     min_accuracy: MinAccuracy = None,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autocompress.anatomy import Anatomy
 from autocompress.artifact.coder import CoderState
 from autocompress.artifact.codes import write_codes
 from autocompress.artifact.container import Codes, Plan, decode_artifact, decoded, encode_artifact
@@ -28,6 +29,8 @@ from autocompress.training import divergence
 
 SAMPLE = 4096
 """Weights of a layer that are coded to predict its bytes; larger layers are scaled up."""
+MANY_PROBES = 1000
+"""Beyond so many choices to try, alike layers are probed together."""
 _FEW = 16
 _RECIPE_BYTES = 6.0
 """Bytes that the recipe and the step of a layer take in the header."""
@@ -160,16 +163,51 @@ def wanted_choices(space: BoundSpace) -> dict[str, tuple[Choice, ...]]:
     return {d.key: d.choices for d in space if d.name not in trainings()}
 
 
+def needed_choices(space: BoundSpace, anatomy: Anatomy) -> dict[str, tuple[Choice, ...]]:
+    """The choices that are probed: all that are wanted, or, beyond `MANY_PROBES`, all of the first of alike
+    dimensions and the middle one of the others."""
+    firsts = _first_alike(space, anatomy)
+    return {
+        key: choices if firsts[key] == key else (choices[len(choices) // 2],)
+        for key, choices in wanted_choices(space).items()
+    }
+
+
+def all_effects(
+    measured: Mapping[str, Mapping[str, float]], space: BoundSpace, anatomy: Anatomy
+) -> dict[str, dict[str, float]]:
+    """The effects of all wanted choices: those that were not measured are those of the first that is alike, by as
+    much more or less as the middle choice has."""
+    out = {}
+    for key, first in _first_alike(space, anatomy).items():
+        if key in measured and first in measured:
+            known, alike = measured[key], measured[first]
+            (middle, effect), *_ = known.items()
+            out[key] = {c: rise * (effect + 1e-9) / (alike[middle] + 1e-9) for c, rise in alike.items()} | dict(known)
+    return out
+
+
+def _first_alike(space: BoundSpace, anatomy: Anatomy) -> dict[str, str]:
+    """key -> key of the first dimension of the same choices on a layer of the same kind and shape; where there are
+    few probes, each stands for itself."""
+    wanted = wanted_choices(space)
+    if sum(map(len, wanted.values())) <= MANY_PROBES:
+        return {key: key for key in wanted}
+    layers = {layer.name: (layer.kind, layer.shape) for layer in anatomy.layers}
+    firsts: dict[Any, str] = {}
+    return {d.key: firsts.setdefault((d.name, d.choices, layers.get(d.site)), d.key) for d in space if d.key in wanted}
+
+
 @torch.no_grad()
-def layer_bytes(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str, float]]:
-    """Bytes of each layer alone for every combination of its coding and maskings.
+def layer_bytes(candidate: Candidate, space: BoundSpace, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Bytes of each of these layers alone for every combination of its coding and maskings.
 
     Layer -> "choice|choice|..." (in the order of the space's dimensions of that layer) -> bytes.
     """
-    names = ("weights", *maskings())
     table: dict[str, dict[str, float]] = {}
-    for name, shadow in candidate.layers.items():
-        dims = [d for d in space if d.site == name and d.name in names]
+    for name in names:
+        shadow = candidate.layers[name]
+        dims = [d for d in space if d.site == name and (d.name == "weights" or d.name in maskings())]
         weight = shadow.dense
         rows = max(1, SAMPLE // max(1, weight[0].numel()))
         sample = weight[:: -(-weight.shape[0] // rows)] if weight.numel() > SAMPLE else weight

@@ -23,7 +23,7 @@ from autocompress.techniques.base import IntegerWeights, TrainingTechnique, trai
 
 DISTILLATION = 0.5
 """Share of the distillation loss; the rest is the task's own loss."""
-TEMPERATURE = 2.0
+TEMPERATURE = 4.0
 _MASK_EVERY = 4
 _RAMP = 0.5
 """Sparsity reaches its target after this share of the steps (cubic, Zhu and Gupta, 2017)."""

@@ -3,24 +3,27 @@
     python -m benchmarks.search [--data ../shared/data] [--task digits] [--only METHOD ...] [--seeds 5] [--table]
 
 Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number
-of epochs. Optuna's samplers start every trial from the original's weights. Ablations of ours: `no-lineage` (every
-trial starts from the original too), `no-rate` (no price of bits), `no-profile` (every step of a dimension is thought to
-do the same harm). Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's
-float32 file, and an error of twice the original's plus 5 points. One process a core; each finished job is a file
-in benchmarks/results/search/, which is not run again: stop and go on at any time.
+of epochs. Optuna's samplers start every trial from the original's weights. Ours knows its budget: it has a run of 10,
+one of 25 and one of 50 trials. Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate`
+(no price of bits), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast` (nothing is
+learned from parents and children). Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes
+of the original's float32 file, and an error of twice the original's plus 5 points. One process a core; each finished
+job is a file in benchmarks/results/search/, which is not run again: stop and go on at any time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import statistics
+import string
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,19 +38,24 @@ from rich.table import Table
 import autocompress as ac
 from autocompress.artifact import load
 from autocompress.front import hypervolume, non_dominated
+from autocompress.search.acquisition import Region
 from autocompress.search.controller import trained
+from autocompress.search.forecast import Forecast
 from autocompress.search.profile_cache import measured_profile
+from autocompress.search.sampler import Point
 from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
 from autocompress.trial import ARTIFACT
 
 RESULTS = Path(__file__).parent / "results" / "search"
 TASKS = {
-    "digits": "digits",
+    "digits": "benchmarks.tasks:digits_short",
     "lenet_300_100": "benchmarks.tasks:lenet_300_100_short",
-    "digit_rows": "benchmarks.tasks:digit_rows",
+    "digit_rows": "benchmarks.tasks:digit_rows_short",
 }
 BUDGET, LONG = 50, 400
+DIGITS = string.digits + string.ascii_lowercase
+"""How the choice of a dimension is recorded: its place among the dimension's choices."""
 AT = (10, 25, 50, 400)
 
 
@@ -65,6 +73,13 @@ def _without_profile(profile: ac.Profile, budget: int, base: float, seed: int) -
     return ac.FrontierSampler(profile, budget, base, seed)
 
 
+class _Unlearning(ac.FrontierSampler):
+    """Goes on believing what it believed before the first trial."""
+
+    def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
+        return super()._forecast([], region)
+
+
 METHODS: dict[str, Callable[[ac.Profile, int, float, int], BaseSampler]] = {
     "frontier": _frontier,
     "random": _optuna(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
@@ -74,9 +89,13 @@ METHODS: dict[str, Callable[[ac.Profile, int, float, int], BaseSampler]] = {
     "no-lineage": _frontier,
     "no-rate": _frontier,
     "no-profile": _without_profile,
+    "no-forecast": lambda profile, budget, base, seed: _Unlearning(profile, budget, base, seed),
 }
-LONG_METHODS = ("nsga2", "tpe")
-"""Run to 400 trials too, with two seeds."""
+OPTUNA = ("random", "tpe", "nsga2", "gp")
+LONG_METHODS, LONG_SEEDS = ("nsga2",), 2
+"""Run to 400 trials, by so many of the seeds."""
+Job = tuple[str, str, int, int]
+"""(task, method, seed, trials)."""
 
 
 def space_for(method: str) -> ac.SearchSpace:
@@ -85,7 +104,7 @@ def space_for(method: str) -> ac.SearchSpace:
     return replace(space, training=model) if method == "no-rate" else space
 
 
-def run_job(job: tuple[str, str, int, int]) -> None:
+def run_job(job: Job) -> None:
     """One method, one seed, one task; all trials in this process."""
     task_name, method, seed, budget = job
     torch.set_num_threads(1)
@@ -116,12 +135,13 @@ def run_job(job: tuple[str, str, int, int]) -> None:
                 continue
             trial.set_user_attr("effects", result.effects)
             study.tell(trial.number, [result.size_bytes, result.val_accuracy])
-            trials.append([result.size_bytes, result.val_accuracy])
+            chosen = "".join(DIGITS[d.choices.index(trial.params[d.key])] for d in workshop.space)
+            trials.append([result.size_bytes, result.val_accuracy, round(result.seconds, 3), parent, chosen])
         sizes = tensors(workshop.original).values()
         front = []
         done = [(i, t) for i, t in enumerate(trials) if t]
         for at in non_dominated([(t[0], t[1]) for _, t in done]):
-            number, (size, val) = done[at]
+            number, (size, val, *_) = done[at]
             path = folder / "trials" / str(number) / ARTIFACT
             front.append([number, size, val, measure(given, load(path, given.build), "test")])
         write(
@@ -139,7 +159,7 @@ def run_job(job: tuple[str, str, int, int]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def path_of(job: tuple[str, str, int, int]) -> Path:
+def path_of(job: Job) -> Path:
     task, method, seed, budget = job
     return RESULTS / f"{task}-{method}-{budget}-{seed}.json"
 
@@ -157,26 +177,34 @@ def area(result: dict[str, Any], count: int) -> float:
     return hypervolume(points, result["base_bytes"], 1 - (2 * error + 0.05))
 
 
-def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[tuple[str, str, int, int]]:
-    short = [(t, m, s, BUDGET) for s in range(seeds) for t in tasks for m in methods]
-    return short + [(t, m, s, LONG) for t in tasks for m in methods if m in LONG_METHODS for s in range(2)]
+def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[Job]:
+    """Ours knows its budget, so it has a run for each; Optuna's samplers do not, and have one of the longest."""
+    out = []
+    for seed, task, method in itertools.product(range(seeds), tasks, methods):
+        if method == "frontier":
+            out += [(task, method, seed, budget) for budget in AT[:3]]
+        elif method not in LONG_METHODS or seed >= LONG_SEEDS:
+            out.append((task, method, seed, BUDGET))
+    return out + [(t, m, s, LONG) for m in LONG_METHODS if m in methods for s in range(LONG_SEEDS) for t in tasks]
+
+
+def recorded(task: str, method: str, count: int) -> list[dict[str, Any]]:
+    """The runs that tell what a method reaches with `count` trials."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{task}-{method}-*.json"))]
+    return [r for r in runs if r["job"][3] == count or (r["job"][3] > count and method in OPTUNA)]
 
 
 def table(tasks: list[str]) -> Table:
-    shown = Table(title="median hypervolume (number of seeds)", title_justify="left")
+    shown = Table(title="median hypervolume (number of runs)", title_justify="left")
     for name in ("task", "method", *(f"@{count}" for count in AT), "proposal, ms"):
         shown.add_column(name, justify="left" if name in ("task", "method") else "right")
-    for task in tasks:
-        for method in METHODS:
-            cells, proposing = [], []
-            for count in AT:
-                found = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{task}-{method}-*.json"))]
-                long = [r for r in found if len(r["trials"]) >= count and (count > BUDGET) == (r["job"][3] > BUDGET)]
-                areas = [area(r, count) for r in long]
-                proposing += [t for r in long for t in r["proposing_seconds"][-10:]]
-                cells.append(f"{statistics.median(areas):.3f} ({len(areas)})" if areas else "")
-            speed = f"{1000 * statistics.median(proposing):.0f}" if proposing else ""
-            shown.add_row(task, method, *cells, speed)
+    for task, method in itertools.product(tasks, METHODS):
+        cells = []
+        for count in AT:
+            areas = [area(run, count) for run in recorded(task, method, count)]
+            cells.append(f"{statistics.median(areas):.3f} ({len(areas)})" if areas else "")
+        took = [seconds for run in recorded(task, method, BUDGET) for seconds in run["proposing_seconds"][40:50]]
+        shown.add_row(task, method, *cells, f"{1000 * statistics.median(took):.0f}" if took else "")
     return shown
 
 

@@ -132,8 +132,9 @@ def _pretrain(train: Batches, epochs: int, peak: float) -> Callable[[nn.Module],
     return pretrain
 
 
-def _kept(path: Path, pretrain: Callable[[nn.Module], object] | None) -> Callable[[nn.Module], None]:
-    """`pretrain` whose result is kept in `path` and read from there the next time."""
+def _with_kept_original(task: Task) -> Task:
+    """The same task, whose original is trained once and kept in runs/."""
+    pretrain, path = task.pretrain, Path("runs") / "bench-originals" / f"{task.name}.safetensors"
     assert pretrain is not None
 
     def load_or_train(model: nn.Module) -> None:
@@ -143,7 +144,7 @@ def _kept(path: Path, pretrain: Callable[[nn.Module], object] | None) -> Callabl
             save_model(model, str(path))
         load_model(model, str(path))
 
-    return load_or_train
+    return replace(task, pretrain=load_or_train)
 
 
 def _task(
@@ -181,7 +182,7 @@ def lenet_300_100() -> Task:
 def lenet_300_100_short() -> Task:
     """As `lenet_300_100`, for many searches: 6,000 images, 4 epochs a trial, the original kept in runs/."""
     task = _task("lenet_300_100", mnist(), lenet_300_100_net, lambda x: x, 55_000, 10, 6_000, 4, VALIDATION)
-    return replace(task, pretrain=_kept(Path("runs") / "bench-originals" / "lenet_300_100.safetensors", task.pretrain))
+    return _with_kept_original(task)
 
 
 class RowReader(nn.Module):
@@ -202,7 +203,17 @@ class RowReader(nn.Module):
 
 def digit_rows() -> Task:
     """scikit-learn's digits, read row by row by a transformer of 39,226 parameters; data and splits of `digits`."""
-    return replace(digits(), model=RowReader, name="digit_rows", learning_rate=1e-3)
+    return replace(digits(), model=RowReader, name="digit_rows", learning_rate=3e-3)
+
+
+def digits_short() -> Task:
+    """The built-in `digits`, for many searches: 5 epochs a trial instead of 8, the original kept in runs/."""
+    return replace(_with_kept_original(digits()), epochs=5)
+
+
+def digit_rows_short() -> Task:
+    """As `digit_rows`, for many searches: 5 epochs a trial, the original kept in runs/."""
+    return replace(_with_kept_original(digit_rows()), epochs=5)
 
 
 def lenet5() -> Task:
@@ -214,7 +225,7 @@ def lenet5_short() -> Task:
     """As `lenet5`, for many searches: 2 epochs of 4,000 images a trial, 2,000 images to validate and to test, and
     an original that is trained once and kept in runs/."""
     task = _task("lenet5", mnist(), lenet5_net, lambda x: x, 55_000, 3, 4_000, 2, 2_000)
-    return replace(task, pretrain=_kept(Path("runs") / "bench-originals" / "lenet5.safetensors", task.pretrain))
+    return _with_kept_original(task)
 
 
 def resnet20() -> Task:

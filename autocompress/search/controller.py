@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ from autocompress.trial import (
     seed_everything,
 )
 
-Sampler = Literal["frontier", "tpe", "nsga2", "random"]
+Sampler = Literal["frontier", "tpe", "nsga2", "gp", "random"]
 _BUDGET = 50
 _MANY = 1_000_000
 MAX_FRUITLESS = 3
@@ -257,13 +258,24 @@ class Controller:
         self.space = self.workshop.space
         for site, reason in self.workshop.anatomy.left_alone.items():
             self.log.info("left alone: %s: %s", site, reason)
+        gpus = torch.cuda.device_count() if _device() == "cuda" else 0
+        self.workers: int = settings["workers"] or (gpus or min(os.cpu_count() or 1, 8))
+        self.gpus = gpus / self.workers if gpus else 0.0
+        self.ray_folder: Path | None = None
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
         self._tell("profiling every choice")
         self.profile = self._profile()
-        limit = settings["max_size_bytes"]
+        limit = self.settings["max_size_bytes"]
         if limit is not None and limit < 0.5 * self.profile.smallest_bytes():
             smallest = self.profile.smallest_bytes()
             raise TargetError(
-                f"no file of {format_size(limit)} can be reached in space {rules.name!r}: the smallest is about "
+                f"no file of {format_size(limit)} can be reached in space {self.rules.name!r}: the smallest is about "
                 f"{format_size(smallest)}; raise max size or widen the space"
             )
 
@@ -295,8 +307,34 @@ class Controller:
     def _profile(self) -> Profile:
         path = self.folder / PROFILE
         if not path.is_file():
-            write_file(path, json.dumps(measured_profile(self.workshop, self._tell)).encode())
+            write_file(path, json.dumps(measured_profile(self.workshop, self._measure_profile)).encode())
         return Profile(self.space, self.workshop.anatomy, json.loads(path.read_text()))
+
+    def _measure_profile(self) -> dict[str, Any]:
+        def progress(share: float) -> None:
+            self._tell(f"profiling every choice: {100 * share:.0f}%")
+
+        if self.workers == 1:
+            return self.workshop.base_profile(progress)
+        self._start_ray()
+        try:
+            parts = engine.measure_profile(self._payload(), self.workers, self.gpus, progress)
+        except Exception:
+            self.log.warning("the profile is measured here, not by workers:\n%s", traceback.format_exc())
+            return self.workshop.base_profile(progress)
+        return self.workshop.joined_profile(parts)
+
+    def _start_ray(self) -> None:
+        if self.ray_folder is None:
+            self._tell("starting Ray")
+            self.ray_folder = engine.start_ray(self.workers)
+
+    def close(self) -> None:
+        """End what this run started."""
+        if self.study is not None:
+            self.study.close()
+        if self.ray_folder is not None:
+            engine.stop_ray(self.ray_folder)
 
     # ------------------------------------------------------------ the search
 
@@ -315,53 +353,43 @@ class Controller:
         try:
             self.study.recover()
             if self.study.remaining() > 0:
-                self._tell("starting Ray")
                 self._run_engine()
             return self._finish()
         finally:
-            self.study.close()
+            self.close()
 
-    def _run_engine(self) -> None:
+    def _payload(self) -> bytes:
+        """What makes a worker's Workshop, pickled."""
         import cloudpickle
 
-        assert self.study is not None
-        gpus = torch.cuda.device_count() if _device() == "cuda" else 0
-        workers = self.settings["workers"] or (gpus or min(os.cpu_count() or 1, 8))
-        model = cloudpickle.dumps(self.original.cpu())
         plan = WorkerPlan(
             self.task.name if self.named else self.task,
-            model,
+            cloudpickle.dumps(copy.deepcopy(self.original).cpu()),
             self.space,
             str(self.folder.resolve()),
             self.seed,
             _device(),
         )
         try:
-            payload = cloudpickle.dumps(plan)
+            return bytes(cloudpickle.dumps(plan))
         except Exception as error:
             raise TaskError(
                 f"task {self.task.name!r} cannot be sent to workers ({error}); "
                 "name it as package.module:function instead"
             ) from error
-        ray_folder = engine.start_ray(workers)
-        try:
-            fruitless = 0
-            self.pace.start(self.study.finished())
-            while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._late():
-                before = len(self.study.complete())
-                scratch = Path(tempfile.mkdtemp(dir=ray_folder))
-                engine.run_trials(
-                    payload,
-                    self,
-                    _MANY,
-                    min(workers, remaining),
-                    gpus / workers if gpus else 0,
-                    scratch,
-                )
-                self._fail_lost()
-                fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
-        finally:
-            engine.stop_ray(ray_folder)
+
+    def _run_engine(self) -> None:
+        assert self.study is not None
+        payload = self._payload()
+        self._start_ray()
+        fruitless = 0
+        self.pace.start(self.study.finished())
+        while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._late():
+            before = len(self.study.complete())
+            scratch = Path(tempfile.mkdtemp(dir=self.ray_folder))
+            engine.run_trials(payload, self, _MANY, min(self.workers, remaining), self.gpus, scratch)
+            self._fail_lost()
+            fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
 
     def _late(self) -> bool:
         assert self.study is not None
@@ -432,16 +460,15 @@ class Controller:
     # ------------------------------------------------------------ results
 
     def _drop_checkpoints(self) -> None:
-        """Keep the weights of trials that may still be a parent: those near the front."""
+        """Keep the weights of trials that may be a parent: the front, and where running trials started from."""
         from optuna.trial import TrialState
 
         assert self.study is not None
         done = self.study.complete()
-        running = {t.user_attrs.get("parent") for t in self.study.trials(TrialState.RUNNING)}
-        best = -math.inf
-        for trial in sorted(done, key=lambda trial: trial.values[0]):
-            best = max(best, trial.values[1])
-            if best > trial.values[1] + 0.02 and trial.number not in running:
+        keep = {t.user_attrs.get("parent") for t in self.study.trials(TrialState.RUNNING)}
+        keep |= {done[i].number for i in non_dominated([(t.values[0], t.values[1]) for t in done])}
+        for trial in done:
+            if trial.number not in keep:
                 (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
 
     def _front(self, final: bool) -> ParetoFront:

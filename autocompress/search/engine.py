@@ -12,8 +12,9 @@ import secrets
 import shutil
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from unittest import mock
 
 from autocompress.errors import RunError
@@ -84,6 +85,39 @@ def stop_ray(folder: Path) -> None:
 
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure_profile(
+    payload: bytes, workers: int, gpus: float, progress: Callable[[float], None]
+) -> list[dict[str, Any]]:
+    """The parts of the profile, measured by so many workers of the running Ray; two parts a worker.
+
+    payload, gpus: as in `run_trials`.
+    """
+    import ray
+    from ray.util import ActorPool
+
+    actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Measurer)
+    pool, count = ActorPool([actor.remote(payload) for _ in range(workers)]), 2 * workers
+    measured = pool.map_unordered(lambda measurer, part: measurer.measure.remote(part, count), [*range(count)])
+    parts: list[dict[str, Any]] = []
+    for part in measured:
+        parts.append(part)
+        progress(len(parts) / count)
+    return parts
+
+
+class _Measurer:
+    def __init__(self, payload: bytes) -> None:
+        import cloudpickle
+        import torch
+
+        torch.set_num_threads(1)
+        self.workshop = cloudpickle.loads(payload)()
+
+    def measure(self, part: int, parts: int) -> dict[str, Any]:
+        measured: dict[str, Any] = self.workshop.profile_part(part, parts)
+        return measured
 
 
 def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpus: float, scratch: Path) -> None:

@@ -23,14 +23,14 @@ from autocompress.surgery import tensors
 from autocompress.trial import Workshop
 
 
-def measured_profile(workshop: Workshop, tell: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
-    """`workshop.base_profile()`, from the cache where the same was measured before."""
+def measured_profile(workshop: Workshop, measure: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """What `measure` (`workshop.base_profile` by default) gives, from the cache where the same was measured before."""
     path = _folder() / f"{_digest(workshop)}.json"
     try:
         known: dict[str, Any] = json.loads(path.read_text())
         return known
     except (OSError, ValueError):
-        measured = workshop.base_profile(lambda share: tell(f"profiling every choice: {100 * share:.0f}%"))
+        measured = (measure or workshop.base_profile)()
     try:
         write_file(path, json.dumps(measured).encode())
     except OSError as error:  # no home, or a full one: measured again the next time

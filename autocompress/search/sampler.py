@@ -5,11 +5,10 @@ has an example.
 Each proposal also names the finished trial whose fine-tuned weights it should start from (user attribute
 `parent`), which turns a search into gradual compression along many paths at once.
 
-    walk     from large to small: each step plans a somewhat smaller recipe around the nearest larger
-             finished trial, with the effects that were probed at that trial's own weights;
-    refine   around the members of the front, where it gains most: a step into the widest gap, a swap
-             at equal bytes (EvoPress's move, Sieberling et al., 2024), a crossover of neighbours;
-    polish   the last share of the budget trains front members on, from their own weights.
+    walk      from large to small: each step plans a somewhat smaller recipe around the nearest larger
+              finished trial, with the effects that were probed at that trial's own weights;
+    improve   where the front is expected to gain most hypervolume, as the trials so far tell: a step down from
+              one of its members, a crossover of neighbours, another structure of one part, or more training.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
@@ -29,15 +30,22 @@ from optuna.trial import FrozenTrial, TrialState
 from autocompress.errors import SamplerError
 from autocompress.front import non_dominated
 from autocompress.recipe import Choice
+from autocompress.search.acquisition import Region, expected_improvement
+from autocompress.search.forecast import MOVES, Forecast, Shrinkage, Step
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
 from autocompress.space import without_void
 from autocompress.techniques.base import structures, trainings
 
-WALK, POLISH = 0.5, 0.85
-"""Shares of the budget at which the walk ends and polishing begins."""
-_FEWEST, _LONGEST = 6, 0.35
-"""Steps of the walk of a small budget, and the smallest share of its bytes that one step leaves."""
+WALK = 0.5
+"""Share of the budget that the walk may take."""
+_FEWEST, _MOST, _LONGEST = 6, 60, 0.35
+"""Steps of the walk of a small and of a large budget, and the smallest share of its bytes that one step leaves."""
+_SHARES = (0.97, 0.9, 0.8, 0.65, 0.5, _LONGEST)
+"""Of the parent's bytes: the steps that are weighed against each other."""
+_USEFUL, _UNIT = 0.06, 0.05
+"""Share of the original's accuracy that a file may lose and still be of use; and share of that by which the ceiling
+lies above the best accuracy."""
 _PLANNED = ("channels", "sparsity", "weights")
 """Dimensions that step from one choice to the next."""
 _REACH = 0.35
@@ -60,12 +68,30 @@ class Point:
         self.accuracy: float = trial.values[1]
         self.effects: dict[str, dict[str, float]] = trial.user_attrs.get("effects", {})
         self.parent: int | None = trial.user_attrs.get("parent")
+        self.move: str = trial.user_attrs.get("move", MOVES[0])
 
     @cached_property
     def rebuilt(self) -> list[tuple[str, str]]:
         """(dimension, site) of the parts that are not as they were."""
         made = [(key.rpartition(":")[2], key.rpartition(":")[0], c) for key, c in without_void(self.chosen).items()]
         return [(name, site) for name, site, c in made if _rebuilds(name) and c != structures()[name].default]
+
+
+@dataclass
+class Proposal:
+    """A candidate, and why. target_bytes: aimed at. chosen: the recipe, None until it is planned."""
+
+    move: str
+    parent: Point | None
+    target_bytes: float
+    chosen: dict[str, Choice] | None = None
+    predicted_bytes: float = 0.0
+    expected_accuracy: float | None = None
+
+    def attributes(self) -> dict[str, Any]:
+        """What the trial is told of it."""
+        told = {name: getattr(self, name) for name in ("move", "target_bytes", "predicted_bytes", "expected_accuracy")}
+        return {"parent": self.parent.number if self.parent else None, **told}
 
 
 class FrontierSampler(BaseSampler):
@@ -88,6 +114,8 @@ class FrontierSampler(BaseSampler):
         self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
         self._ratios: dict[int, float] = {}
+        self._shrinkage: tuple[int, Shrinkage] | None = None
+        self._training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
         rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
         # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
         # back: where there are other ways to fewer bytes it is not planned, but tried, one part at a time
@@ -119,37 +147,35 @@ class FrontierSampler(BaseSampler):
         done = [self._points[number] for number in sorted(self._points)]
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
         rng = random.Random(f"{self.seed} {trial.number}")
-        chosen, parent, target, predicted = self.propose(done, running, trial.number, rng)
-        attributes = {"parent": parent, "target_bytes": target, "predicted_bytes": predicted}
-        for name, value in attributes.items():
+        proposal = self.propose(done, running, trial.number, rng)
+        assert proposal.chosen is not None
+        for name, value in proposal.attributes().items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
             trial.set_user_attr(name, value)  # what the objective sees was read before
-        return {key: chosen[key] for key in search_space}
+        return {key: proposal.chosen[key] for key in search_space}
 
     # ------------------------------------------------------------ proposals
 
     def propose(
         self, done: Sequence[Point], running: Sequence[FrozenTrial], number: int, rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:
-        """(recipe, parent, bytes aimed at, bytes predicted)."""
-        aimed = [float(t.user_attrs["target_bytes"]) for t in running if "target_bytes" in t.user_attrs]
-        targets = self.walk_targets()
-        progress = number / max(self.budget, 1)
-        if number < len(targets) and not self._collapsed(done):
-            target = targets[number]
+    ) -> Proposal:
+        first, last, count = self._walk()
+        if number >= count or self._collapsed(done):
             if done:
-                largest = max(p.size for p in done)
-                target = min(target, 0.93 * largest) if number else target
-            return self._step(done, target, rng, noise=0.0)
+                return self._improve(done, running, rng)
+            return self._step(done, first, rng, noise=0.5)
+        coming = len(running)
         if not done:
-            return self._step(done, targets[number % len(targets)], rng, noise=0.5)
-        front = self._front(done)
-        if progress >= POLISH:
-            return self._polish(front, done, running, rng)
-        return self._refine(front, done, aimed, rng)
+            return self._step(done, first * _LONGEST ** (coming / count), rng, noise=0.5 if coming else 0.0)
+        smallest = min(p.size for p in done)
+        target = smallest * min(last / smallest, 0.97) ** ((1 + coming) / (count - number + coming))
+        ancestor = self._ancestor(done, target)
+        shortest = _LONGEST * (ancestor.size if ancestor else first)
+        crowded = target < shortest  # many workers, few ancestors: the same bytes in different ways
+        return self._step(done, max(target, shortest), rng, noise=0.5 if crowded else 0.0)
 
-    def walk_targets(self) -> list[float]:
-        """Bytes of each step of the walk: geometric, from light to heavy compression."""
+    def _walk(self) -> tuple[float, float, int]:
+        """Bytes at which it begins and ends, and its steps: geometric, from light to heavy compression."""
         default = self.profile.predict(self.profile.default())
         smallest = self.profile.smallest_bytes()
         first = min(0.22 * default, self._uniform_bytes())
@@ -158,9 +184,8 @@ class FrontierSampler(BaseSampler):
             last = max(smallest, min(first, self.max_size_bytes) * 0.6)
             first = max(first, last * 1.5)
         first = max(first, last * 1.2)
-        count = max(1, round(WALK * self.budget), min(self.budget, _FEWEST))
-        last = max(last, first * _LONGEST ** (count - 1))
-        return [first * (last / first) ** (i / max(count - 1, 1)) for i in range(count)]
+        count = min(max(1, round(WALK * self.budget), min(self.budget, _FEWEST)), _MOST)
+        return first, max(last, first * _LONGEST ** (count - 1)), count
 
     def _uniform_bytes(self) -> float:
         """Bytes of a mild recipe: every dimension of bytes one third of the way."""
@@ -172,128 +197,119 @@ class FrontierSampler(BaseSampler):
 
     def _collapsed(self, done: Sequence[Point]) -> bool:
         """Whether the walk has come where accuracy is no longer of use to anyone."""
-        if len(done) < 4:
-            return False
-        floor = self.base_accuracy - 0.4 * abs(self.base_accuracy)
-        if self.min_accuracy is not None:
-            floor = min(self.min_accuracy - 0.03, self.base_accuracy)
-        tail = sorted(done, key=lambda p: p.size)[:2]
-        return all(p.accuracy < floor for p in tail)
+        smallest = sorted(done, key=lambda p: p.size)[:2]
+        return len(done) >= 4 and all(p.accuracy < self._region(done).least_accuracy for p in smallest)
 
     def _step(
         self, done: Sequence[Point], target: float, rng: random.Random, noise: float, parent: Point | None = None
-    ) -> tuple[dict[str, Choice], int | None, float, float]:
+    ) -> Proposal:
         """A planned recipe of about `target` bytes, around the best ancestor."""
         parent = parent or self._ancestor(done, target)
-        start = dict(parent.chosen) if parent else self.profile.default()
-        correction = self._correction(done, parent)
+        start = self._trained(parent.chosen if parent else self.profile.default(), parent, rng, change=noise > 0)
+        correction = self._correction(done, parent, start)
         effects, allowed = self._effects(parent, rng, noise), self._allowed(parent, noise > 0)
         chosen = plan(self.profile, effects, target / correction, start, allowed)
-        self._train_choices(chosen, parent, rng)
-        return chosen, parent.number if parent else None, target, self.profile.predict(chosen) * correction
+        return Proposal("step", parent, target, chosen, self.profile.predict(chosen) * correction)
 
-    def _refine(
-        self, front: list[Point], done: Sequence[Point], aimed: list[float], rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:
-        parent, room = self._where(front, done, aimed, rng)
-        kind = rng.random()
-        smaller = [p for p in front if p.size < parent.size]
-        if kind < 0.2 and smaller:
-            return self._crossover(parent, smaller[-1], done, rng)
-        if kind > 0.9 and self.tried:
-            return self._rebuild(parent, done, rng)
-        target = parent.size * (max(room, 0.6) ** 0.5 if kind < 0.75 else 0.97)
-        if self.max_size_bytes is not None and parent.size > self.max_size_bytes:
-            target = min(target, self.max_size_bytes * 0.97)
-        return self._step(done, target, rng, noise=0.4, parent=parent)
+    def _improve(self, done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random) -> Proposal:
+        """What is expected to add most to the front, with those that are on their way as if they were finished."""
+        front, region = self._front(done), self._region(done)
+        coming = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
+        points = [(p.size, p.accuracy) for p in front]
+        points += [(t["target_bytes"], t["expected_accuracy"]) for t in coming]
+        proposals = self._proposals(front, done, region, rng)
+        children = Counter([p.parent for p in done] + [t["parent"] for t in coming])
+        steps = [self._as_step(p.move, p.parent, p.target_bytes, region, children) for p in proposals]
+        mean, deviation = self._forecast(done, region)(steps)
+        mean += math.log(region.ceiling - self.base_accuracy)
+        sizes = np.array([p.target_bytes for p in proposals])
+        gains = expected_improvement(points, region, sizes, mean, deviation)
+        at = int(gains.argmax()) if gains.max() > 0 else int(sizes.argmin())
+        best = proposals[at]
+        if best.chosen is None:
+            known = [p.chosen for p in done] + [t.params for t in running]
+            for noise in (0.4, 0.8, 1.6):
+                best = self._step(done, best.target_bytes, rng, noise, best.parent)
+                if best.chosen not in known:
+                    break
+        best.expected_accuracy = region.ceiling - math.exp(mean[at])
+        return best
 
-    def _rebuild(
-        self, parent: Point, done: Sequence[Point], rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:
+    def _proposals(
+        self, front: list[Point], done: Sequence[Point], region: Region, rng: random.Random
+    ) -> list[Proposal]:
+        """What could be tried next; steps are planned once one is chosen."""
+        useful = [p for p in front if p.accuracy >= region.least_accuracy] or front
+        out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
+        out += [self._as_it_is("train", p.chosen, p, done, rng) for p in useful]
+        for larger in rng.sample(useful[:-1], min(len(useful) - 1, 3)):
+            out.append(self._crossover(larger, useful[useful.index(larger) + 1], done, rng))
+        if self.tried:
+            out += [self._rebuild(p, done, rng) for p in rng.sample(useful, min(len(useful), 2))]
+        return out
+
+    def _region(self, done: Sequence[Point]) -> Region:
+        """With a size to meet, half of it earns no more than the whole; with an accuracy to keep, less is of no use."""
+        base = self.base_accuracy
+        least = base - _USEFUL * abs(base)
+        if self.min_accuracy is not None:
+            least = self.min_accuracy - 0.1 * _USEFUL * abs(base)
+        unit = max(_UNIT * _USEFUL * abs(base), 1e-6)
+        best = max((p.accuracy for p in done), default=base)
+        largest = self.max_size_bytes or self.profile.predict(self.profile.default())
+        smallest = largest / 2 if self.max_size_bytes else self.profile.smallest_bytes() / 4
+        return Region(smallest, largest, least, max(base, best) + unit)
+
+    def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
+        known, unit = {p.number: p for p in done}, region.ceiling - self.base_accuracy
+        siblings: Counter[int | None] = Counter()
+        pairs = []
+        for p in done:
+            if p.parent in known:
+                step = self._as_step(p.move, known[p.parent], p.size, region, siblings)
+                pairs.append((step, (region.ceiling - p.accuracy) / unit))
+                siblings[p.parent] += 1
+        return Forecast(pairs)
+
+    def _as_step(
+        self, move: str, parent: Point | None, size: float, region: Region, children: Counter[int | None]
+    ) -> Step:
+        assert parent is not None
+        level = math.log2(self.profile.predict(self.profile.default()) / parent.size)
+        lacking = (region.ceiling - parent.accuracy) / (region.ceiling - self.base_accuracy)
+        return Step(move, math.log2(parent.size / size), level, lacking, children[parent.number])
+
+    def _rebuild(self, parent: Point, done: Sequence[Point], rng: random.Random) -> Proposal:
         """The parent with another structure of one part."""
         key = rng.choice(self.tried)
         others = [c for c in self.dimensions[key].choices if c != parent.chosen[key] and self._follows(key, parent, c)]
         chosen = {**parent.chosen, key: rng.choice(others)} if others else dict(parent.chosen)
-        self._train_choices(chosen, parent, rng)
-        predicted = self.profile.predict(chosen) * self._correction(done, parent)
-        return chosen, parent.number, predicted, predicted
+        return self._as_it_is("rebuild", chosen, parent, done, rng)
 
-    def _crossover(
-        self, larger: Point, smaller: Point, done: Sequence[Point], rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:
+    def _crossover(self, larger: Point, smaller: Point, done: Sequence[Point], rng: random.Random) -> Proposal:
         """Each layer from one of two neighbours on the front; weights from the one whose channels allow."""
         sites = {key.rpartition(":")[0] for key in self.dimensions}
         pick = {site: rng.random() < 0.5 for site in sorted(sites)}
         chosen = {key: (smaller if pick[key.rpartition(":")[0]] else larger).chosen[key] for key in self.dimensions}
-        parent = larger
         for key, choice in chosen.items():
             if not self._follows(key, larger, choice):
                 chosen[key] = larger.chosen[key]
-        self._train_choices(chosen, parent, rng)
-        predicted = self.profile.predict(chosen) * self._correction(done, parent)
-        return chosen, parent.number, predicted, predicted
+        return self._as_it_is("cross", chosen, larger, done, rng)
 
-    def _polish(
-        self, front: list[Point], done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random
-    ) -> tuple[dict[str, Choice], int | None, float, float]:
-        """Train a front member on: the one with most to win that was not trained on yet."""
-        busy = {t.user_attrs.get("parent") for t in running}
-        known = {p.number: p for p in done}
-        trained = {p.parent for p in done if p.parent in known and self._same_model(p, known[p.parent])}
-        fresh = [p for p in front if p.number not in trained and p.number not in busy]
-        useful = [p for p in fresh if self._useful(p)] or fresh or front
-        parent = max(useful, key=lambda p: self._gain(p, front))
-        chosen = dict(parent.chosen)
-        self._train_choices(chosen, parent, rng)
-        return chosen, parent.number, parent.size, parent.size
-
-    def _same_model(self, one: Point, other: Point) -> bool:
-        """Whether two recipes differ in their training alone."""
-        return all(other.chosen[k] == c for k, c in one.chosen.items() if k.rpartition(":")[2] not in trainings())
+    def _as_it_is(
+        self, move: str, chosen: Mapping[str, Choice], parent: Point, done: Sequence[Point], rng: random.Random
+    ) -> Proposal:
+        """A recipe that is not planned: its bytes are what they are."""
+        chosen = self._trained(chosen, parent, rng)
+        predicted = self.profile.predict(chosen) * self._correction(done, parent, chosen)
+        return Proposal(move, parent, predicted, chosen, predicted)
 
     # ------------------------------------------------------------ judgement
-
-    def _useful(self, point: Point) -> bool:
-        if self.max_size_bytes is not None and point.size > 1.5 * self.max_size_bytes:
-            return False
-        floor = self.min_accuracy
-        if floor is None:
-            floor = self.base_accuracy - 0.1 * abs(self.base_accuracy)
-        return point.accuracy >= floor - 0.03
 
     def _front(self, done: Sequence[Point]) -> list[Point]:
         """Non-dominated points, largest first."""
         keep = non_dominated([(p.size, p.accuracy) for p in done])
         return sorted((done[i] for i in keep), key=lambda p: -p.size)
-
-    def _gain(self, point: Point, front: list[Point]) -> float:
-        """Hypervolume in (log2 bytes, error) that improving this member could add."""
-        at = front.index(point)
-        below = math.log2(point.size / front[at + 1].size) if at + 1 < len(front) else 0.5
-        error = max(self.base_accuracy - point.accuracy, 0.0) + 0.005
-        return min(below, 2.0) * (1.0 / (1.0 + 20 * error)) + 4 * min(error, 0.03)
-
-    def _where(
-        self, front: list[Point], done: Sequence[Point], aimed: list[float], rng: random.Random
-    ) -> tuple[Point, float]:
-        """A front member to start from, and the share of its size at which the next smaller one lies."""
-        useful = [p for p in front if self._useful(p)] or front
-        children = Counter(p.parent for p in done)
-        weights = []
-        rooms = []
-        for p in useful:
-            smaller = [q.size for q in front if q.size < p.size and q.accuracy > p.accuracy - 0.05]
-            room = max(smaller, default=0.5 * p.size) / p.size
-            close = sum(1 for size in aimed if 0.7 * p.size < size < p.size)
-            weight = self._gain(p, front) / (1 + children[p.number] + 2 * close)
-            if p is useful[-1] or p.accuracy >= self.base_accuracy:
-                weight *= 1.5
-            if self.max_size_bytes is not None:
-                weight *= math.exp(-abs(math.log2(p.size / self.max_size_bytes)))
-            weights.append(weight)
-            rooms.append(room)
-        index = rng.choices(range(len(useful)), weights)[0]
-        return useful[index], rooms[index]
 
     def _follows(self, key: str, parent: Point, choice: Choice) -> bool:
         """Whether the parent can go on with this choice: what it took away for good does not come back."""
@@ -306,8 +322,8 @@ class FrontierSampler(BaseSampler):
         )
 
     def _ancestor(self, done: Sequence[Point], target: float) -> Point | None:
-        """The finished trial that is larger than the target by least, in bytes and in lost accuracy."""
-        larger = [p for p in done if p.size >= 0.98 * target]
+        """The member of the front that is larger than the target by least, in bytes and in lost accuracy."""
+        larger = [p for p in self._front(done) if p.size >= 0.98 * target]
         if not larger:
             return None
 
@@ -317,15 +333,19 @@ class FrontierSampler(BaseSampler):
 
         return max(larger, key=expected)
 
-    def _correction(self, done: Sequence[Point], parent: Point | None) -> float:
-        """File over predicted bytes: the parent's own ratio, moved by what training usually does to it."""
-        known = {p.number: p for p in done}
-        moved: list[float] = []
-        for p in reversed(done):
-            if p.parent in known and len(moved) < 9:
-                moved.append(self._ratio(p) / self._ratio(known[p.parent]))
-        drift = sorted(moved)[len(moved) // 2] if moved else 1.0
-        return (self._ratio(parent) if parent else 1.0) * min(max(drift, 0.6), 1.2)
+    def _correction(self, done: Sequence[Point], parent: Point | None, chosen: Mapping[str, Choice]) -> float:
+        """File over predicted bytes: the parent's own, moved by what training usually does to it."""
+        if parent is None:
+            return 1.0
+        if self._shrinkage is None or self._shrinkage[0] != len(done):
+            known = {p.number: p for p in done}
+            pairs = [
+                (known[p.parent].chosen, p.chosen, math.log(self._ratio(p) / self._ratio(known[p.parent])))
+                for p in done
+                if p.parent in known
+            ]
+            self._shrinkage = len(done), Shrinkage({key: d.choices for key, d in self._training.items()}, pairs)
+        return self._ratio(parent) * self._shrinkage[1](parent.chosen, chosen)
 
     def _ratio(self, point: Point) -> float:
         """File over predicted bytes."""
@@ -368,14 +388,21 @@ class FrontierSampler(BaseSampler):
             allowed[key] = tuple(choice for choice in near if self._follows(key, parent, choice))
         return allowed
 
-    def _train_choices(self, chosen: dict[str, Choice], parent: Point | None, rng: random.Random) -> None:
-        """Choices without a measurable effect are inherited and sometimes changed, few at a time."""
-        training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
-        for key, d in training.items():
+    def _trained(
+        self, chosen: Mapping[str, Choice], parent: Point | None, rng: random.Random, change: bool = True
+    ) -> dict[str, Choice]:
+        """Choices without a measurable effect are inherited and, where they may, sometimes changed, few at a time."""
+        chosen = dict(chosen)
+        for key, d in self._training.items():
             if parent is None:
                 numeric = all(isinstance(choice, (int, float)) for choice in d.choices)
-                chosen[key] = d.choices[(len(d.choices) - 1) // 2 if numeric else 0]
-            elif rng.random() < min(0.2, 0.8 / len(training)):
+                middle = (len(d.choices) - 1) // 2 if numeric else 0
+                # a price of bits pays from the start: the highest but one
+                chosen[key] = d.choices[
+                    max(len(d.choices) - 2, 0) if trainings()[d.name].penalty(d.choices[-1]) else middle
+                ]
+            elif change and rng.random() < min(0.2, 0.8 / len(self._training)):
                 chosen[key] = rng.choice(d.choices)
             else:
                 chosen[key] = parent.chosen[key]
+        return chosen

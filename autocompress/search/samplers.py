@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
 from autocompress.errors import SamplerError, near_misses
 from autocompress.search.profile import Profile
 from autocompress.search.sampler import FrontierSampler
 
-NAMES = ("frontier", "tpe", "nsga2", "random")
+NAMES = ("frontier", "tpe", "nsga2", "gp", "random")
 
 
 def check_sampler(name: str) -> None:
@@ -38,6 +38,8 @@ def make_sampler(
     constraints = _constraints(max_size_bytes, min_accuracy)
     if name == "tpe":
         return TPESampler(seed=seed, multivariate=True, constraints_func=constraints)
+    if name == "gp":
+        return GPSampler(seed=seed, constraints_func=constraints)
     return NSGAIISampler(seed=seed, population_size=max(4, min(50, budget // 4)), constraints_func=constraints)
 
 

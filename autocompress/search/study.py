@@ -113,7 +113,8 @@ class SearchStudy:
         """Fail the trials that a dead process left running and put them in the queue again."""
         orphans = self.trials(TrialState.RUNNING)
         for trial in orphans:
-            keep = {k: v for k, v in trial.user_attrs.items() if k in ("parent", "target_bytes", "predicted_bytes")}
+            proposed = ("parent", "move", "target_bytes", "predicted_bytes", "expected_accuracy")
+            keep = {k: v for k, v in trial.user_attrs.items() if k in proposed}
             self._note(trial.number, {"orphan": True})
             self.study.tell(trial.number, state=TrialState.FAIL)
             self.study.enqueue_trial(dict(trial.params), user_attrs=keep)

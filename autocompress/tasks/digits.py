@@ -125,5 +125,6 @@ def digits() -> Task:
         test=[(images[SPLIT["test"]], labels[SPLIT["test"]])],
         pretrain=pretrain,
         epochs=8,
+        learning_rate=6e-3,
         name="digits",
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import small_digits
 
+from autocompress import probing
 from autocompress.search.profile_cache import measured_profile
 from autocompress.space import SearchSpace
 from autocompress.task import Task
@@ -62,8 +63,37 @@ def test_a_broken_file_in_the_cache_is_measured_again(measurements: list[Worksho
     assert len(measurements) == 2
 
 
-def test_progress_is_told(measurements: list[Workshop]) -> None:
-    told: list[str] = []
-    measured_profile(Workshop.on(small_digits(), SearchSpace.named("default"), Path()), told.append)
-    assert told[0] == "profiling every choice: 10%"
-    assert len(told) == len(set(told)) >= 5
+def test_progress_is_told() -> None:
+    told: list[float] = []
+    Workshop.on(small_digits(), SearchSpace.named("default"), Path()).base_profile(told.append)
+    assert told[0] == 0.1
+    assert told == sorted(set(told))
+    assert len(told) >= 5
+
+
+def test_parts_that_were_measured_apart_are_the_whole() -> None:
+    one = Workshop.on(small_digits(), SearchSpace.named("default"), Path())
+    whole, joined = one.base_profile(), one.joined_profile([one.profile_part(i, 3) for i in (1, 0, 2)])
+    assert joined == whole
+    assert [*joined["effects"]] == [*whole["effects"]], "in the same order: the sampler draws along it"
+
+
+def test_beyond_many_probes_alike_layers_are_probed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(32, 32) for _ in range(5)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(32, 3))
+    for weight in model.parameters():
+        weight.data *= 2
+    batches = [(torch.randn(256, 32), torch.randint(0, 3, (256,)))]
+    space = "layers: {'*': {weights: [float32, int8, int6, int5, int4, int3, int2]}}"
+    one = workshop(Task(model, batches, batches, batches), space)
+    exact = one.base_profile()["effects"]
+    monkeypatch.setattr(probing, "MANY_PROBES", 20)
+    probes = sum(len(choices) for choices in probing.needed_choices(one.space, one.anatomy).values())
+    assert probes == 7 + 4 + 7
+    guessed = one.base_profile()["effects"]
+    assert guessed.keys() == exact.keys()
+    for key, effects in exact.items():
+        assert guessed[key]["int5"] == effects["int5"]
+        for choice in ("int4", "int3", "int2"):
+            assert 0.2 < guessed[key][choice] / effects[choice] < 5, "they differ by hundreds from int5 to int2"

@@ -1,0 +1,48 @@
+"""Expected hypervolume improvement: what a candidate of nearly known bytes and uncertain accuracy adds to the front.
+
+Emmerich, Giannakoglou and Naujoks, 2006, in (log2 bytes, accuracy). As in the forecast, what lacks to the ceiling is
+log-normal; so the expectation over each step of the front has the form of a put option (Black and Scholes, 1973).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr
+
+from autocompress.front import non_dominated
+from autocompress.search.profile import Floats
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where files are of use. smallest_bytes: smaller ones gain nothing more. ceiling: an accuracy above all."""
+
+    smallest_bytes: float
+    largest_bytes: float
+    least_accuracy: float
+    ceiling: float
+
+
+def expected_improvement(
+    front: Sequence[tuple[float, float]], region: Region, size_bytes: Floats, mean: Floats, deviation: Floats
+) -> Floats:
+    """float64 [n]: area that each of n candidates is expected to add to `front`, (bytes, accuracy) pairs.
+
+    mean, deviation: float64 [n], of the logarithm of what its accuracy lacks to the ceiling.
+    """
+    low, high = math.log2(region.smallest_bytes), math.log2(region.largest_bytes)
+    steps = [front[i] for i in non_dominated(front)]
+    edges = np.clip([low, *(math.log2(size) for size, _ in steps), high], low, high)
+    levels = np.maximum([region.least_accuracy, *(accuracy for _, accuracy in steps)], region.least_accuracy)
+    begin = np.maximum(np.log2(size_bytes)[:, None], edges[:-1])
+    width = np.maximum(np.maximum(edges[1:], begin) - begin, 0.0)
+    room = np.maximum(region.ceiling - levels, 1e-12)
+    bound = (np.log(room) - mean[:, None]) / deviation[:, None]
+    lacking = np.exp(mean + deviation**2 / 2)[:, None]
+    height = room * ndtr(bound) - lacking * ndtr(bound - deviation[:, None])
+    gain: Floats = (width * np.maximum(height, 0.0)).sum(1)
+    return gain

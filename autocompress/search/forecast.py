@@ -1,0 +1,94 @@
+"""What a child will be: learned from the parents and children so far.
+
+A proxy that is measured without training cannot tell what fine-tuning makes good for; the pairs of a search can.
+Bayesian linear regression with a conjugate prior (Gelman et al., 2013, chapter 14): how much more or less a child
+lacks in accuracy than its parent, on the step that was taken. The prior is what is believed before the first pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.recipe import Choice
+from autocompress.search.profile import Floats
+
+Pair = tuple[Mapping[str, Choice], Mapping[str, Choice], float]
+MOVES = ("step", "train", "cross", "rebuild")
+"""Plan a smaller recipe; train on; cross with a neighbour; change the structure of one part."""
+_BELIEF = (0.0, 0.3, 0.2, 0.0, 0.0, 0.0, 0.1, 0.0, -0.1, 0.0, 0.1)
+"""Coefficients: half the bytes cost half as much again, more the smaller the model; training on wins a tenth."""
+_TRUST, _SCATTER = 2.0, 0.3
+"""Pairs that the belief counts as, and the deviation from it that is expected of a child."""
+_RIDGE, _FAR = 0.5, math.log(3)
+"""Of the regression of bytes; and the largest change of a factor that is believed, as a logarithm."""
+_LATEST = 2000
+"""Pairs that are learned from."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """From a parent to a child. halvings: log2 of parent over child bytes. level: log2 of the original's over the
+    parent's bytes. lacking: of the parent's accuracy to the ceiling, in what the original's lacks. siblings: earlier
+    children of the parent."""
+
+    move: str
+    halvings: float
+    level: float
+    lacking: float
+    siblings: int
+
+    def features(self) -> list[float]:
+        down, log, level = max(self.halvings, 0.0), math.log(self.lacking), (self.level - 5) / 3
+        kinds = [float(self.move == move) for move in MOVES[1:]]
+        return [1.0, down, down**2, log, down * log, level, down * level, math.log1p(self.siblings), *kinds]
+
+
+class Forecast:
+    """pairs: (step, what the child's accuracy lacked, in what the original's lacks)."""
+
+    def __init__(self, pairs: Sequence[tuple[Step, float]]) -> None:
+        belief, latest = np.array(_BELIEF), pairs[-_LATEST:]
+        x = np.array([step.features() for step, _ in latest]).reshape(-1, len(belief))
+        y = np.array([math.log(lacked / step.lacking) for step, lacked in latest])
+        precision = x.T @ x + np.eye(len(belief))
+        self._covariance = np.linalg.inv(precision)
+        self._coefficients = self._covariance @ (belief + x.T @ y)
+        squares = y @ y + belief @ belief - self._coefficients @ precision @ self._coefficients
+        self._variance = (_TRUST * _SCATTER**2 + max(squares, 0.0)) / (_TRUST + len(y))
+
+    def __call__(self, steps: Sequence[Step]) -> tuple[Floats, Floats]:
+        """(mean, deviation), float64 [n]: of the logarithm of what each child's accuracy will lack."""
+        x = np.array([step.features() for step in steps])
+        mean = np.log([step.lacking for step in steps]) + x @ self._coefficients
+        return mean, np.sqrt(self._variance * (1 + ((x @ self._covariance) * x).sum(1)))
+
+
+class Shrinkage:
+    """What training makes of the predicted bytes: file over prediction, of a child against its parent's.
+
+    Ridge regression of its logarithm on the training choices that were changed. pairs: (choices of the parent, of the
+    child, logarithm of the factor), choices by key.
+    """
+
+    def __init__(self, choices: Mapping[str, Sequence[Choice]], pairs: Sequence[Pair]) -> None:
+        self._columns = {(key, c): i for i, (key, c) in enumerate((k, c) for k, cs in choices.items() for c in cs)}
+        latest = pairs[-_LATEST:]
+        x = np.array([self._change(before, after) for before, after, _ in latest]).reshape(-1, 1 + len(self._columns))
+        y = np.clip([factor for *_, factor in latest], -_FAR, _FAR)
+        self._coefficients = np.linalg.solve(x.T @ x + _RIDGE * np.eye(x.shape[1]), x.T @ y)
+
+    def _change(self, before: Mapping[str, Choice], after: Mapping[str, Choice]) -> Floats:
+        row = np.zeros(1 + len(self._columns))
+        row[0] = 1.0
+        for key in {key for key, _ in self._columns}:
+            row[1 + self._columns[key, after[key]]] += 1.0
+            row[1 + self._columns[key, before[key]]] -= 1.0
+        return row
+
+    def __call__(self, before: Mapping[str, Choice], after: Mapping[str, Choice]) -> float:
+        """The factor that is expected."""
+        return math.exp(min(max(float(self._change(before, after) @ self._coefficients), -_FAR), _FAR))

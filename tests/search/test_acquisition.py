@@ -1,0 +1,45 @@
+"""Expected improvement against its definition: the mean over drawn accuracies of what hypervolume gains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.front import hypervolume
+from autocompress.search.acquisition import Region, expected_improvement
+
+REGION = Region(1e-3, 1e6, 0.85, 1.0)
+points = st.tuples(st.floats(10, 9e5), st.floats(0.5, 0.999))
+
+
+def of_one(front: list[tuple[float, float]], region: Region, size: float, mean: float, deviation: float) -> float:
+    arrays = (np.array([value]) for value in (size, mean, deviation))
+    return float(expected_improvement(front, region, *arrays)[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(points, max_size=8), st.floats(100, 9e5), st.floats(-6, -2), st.floats(0.05, 0.8))
+def test_it_is_the_mean_gain_of_drawn_outcomes(
+    front: list[tuple[float, float]], size: float, mean: float, deviation: float
+) -> None:
+    drawn = np.random.default_rng(0).normal(mean, deviation, 4000)
+    before = hypervolume(front, REGION.largest_bytes, REGION.least_accuracy)
+    gains = [
+        hypervolume([*front, (size, REGION.ceiling - lacks)], REGION.largest_bytes, REGION.least_accuracy) - before
+        for lacks in np.exp(drawn)
+    ]
+    foretold = of_one(front, REGION, size, mean, deviation)
+    assert foretold == pytest.approx(np.mean(gains), abs=4 * np.std(gains) / 4000**0.5 + 1e-4)
+
+
+def test_a_file_that_is_smaller_than_asked_for_earns_no_more() -> None:
+    region = Region(500.0, 1000.0, 0.85, 1.0)
+    gains = [of_one([], region, size, -3.0, 0.1) for size in (2000.0, 800.0, 500.0, 100.0)]
+    assert gains[0] == 0 < gains[1] < gains[2] == gains[3]
+
+
+def test_what_is_likely_dominated_earns_next_to_nothing() -> None:
+    assert of_one([(1000.0, 0.99)], REGION, 2000.0, np.log(0.05), 0.1) < 1e-6
+    assert of_one([(1000.0, 0.99)], REGION, 500.0, np.log(0.05), 0.1) > 0.05

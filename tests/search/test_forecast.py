@@ -1,0 +1,43 @@
+"""The forecast learns what the trials show, also where it is not what was believed."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+
+from autocompress.search.forecast import Forecast, Step
+
+
+def pairs(count: int, noise: float = 0.05) -> list[tuple[Step, float]]:
+    """A world in which half the bytes triple what lacks, and training on takes a third of it away."""
+    rng = random.Random(0)
+    out = []
+    for _ in range(count):
+        move = rng.choice(["step", "step", "train"])
+        halvings = rng.uniform(0.1, 1.5) if move == "step" else 0.0
+        step = Step(move, halvings, rng.uniform(2, 8), rng.uniform(1, 8), rng.randrange(3))
+        change = math.log(3) * halvings if move == "step" else math.log(2 / 3)
+        out.append((step, step.lacking * math.exp(change + rng.gauss(0, noise))))
+    return out
+
+
+def test_it_learns_what_steps_and_training_do() -> None:
+    mean, deviation = Forecast(pairs(100))([Step("step", 1.0, 5.0, 3.0, 0), Step("train", 0.0, 5.0, 3.0, 0)])
+    np.testing.assert_allclose(np.exp(mean), [9, 2], rtol=0.2)
+    assert (deviation < 0.5).all()
+
+
+def test_more_pairs_make_it_more_sure() -> None:
+    step = [Step("step", 1.0, 5.0, 3.0, 0)]
+    few, many = (float(Forecast(pairs(count))(step)[1][0]) for count in (3, 300))
+    assert many < few
+
+
+def test_without_pairs_smaller_is_worse_and_training_helps() -> None:
+    steps = [Step("step", halvings, 5.0, 2.0, 0) for halvings in (0.2, 0.6, 1.2)]
+    mean, deviation = Forecast([])([*steps, Step("train", 0.0, 5.0, 2.0, 0)])
+    assert mean[0] < mean[1] < mean[2]
+    assert mean[3] < math.log(2)
+    assert (deviation > 0).all()
