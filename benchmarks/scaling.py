@@ -85,7 +85,8 @@ class Simulator:
         for key, d in self.profile.dimensions.items():
             levels.setdefault(d.name, []).append(d.choices.index(chosen[key]) / len(d.choices))
         steps = [sizes[1] - sizes[0], harms[0] - harms[1], math.log(self.ceiling - outcome.accuracy)]
-        return [parent is not None, sizes[0], math.log(harms[0] + 1e-4), *steps, *map(np.mean, levels.values())]
+        means = [sum(places) / len(places) for places in levels.values()]
+        return [parent is not None, sizes[0], math.log(harms[0] + 1e-4), *steps, *means]
 
     def __call__(self, chosen: dict[str, Choice], parent: tuple[dict[str, Choice], Outcome] | None) -> Outcome:
         lacking, ratio, seconds = self._trees.predict([self._features(chosen, parent)])[0]

@@ -6,9 +6,11 @@ Every method proposes recipes of the same space; a trial is `Workshop.finish` fo
 of epochs. Optuna's samplers start every trial from the original's weights. Ours knows its budget: it has a run of 10,
 one of 25 and one of 50 trials. Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate`
 (no price of bits), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast` (nothing is
-learned from parents and children). Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes
-of the original's float32 file, and an error of twice the original's plus 5 points. One process a core; each finished
-job is a file in benchmarks/results/search/, which is not run again: stop and go on at any time.
+learned from parents and children). `max-size` is ours with a size to meet.
+
+Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's float32 file, and
+an error of twice the original's plus 5 points. One process a core; each finished job is a file in
+benchmarks/results/search/, which is not run again: stop and go on at any time.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import optuna
 import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
+from rich.box import HEAVY_HEAD, MARKDOWN, Box
 from rich.console import Console
 from rich.table import Table
 
@@ -53,21 +56,27 @@ TASKS = {
     "lenet_300_100": "benchmarks.tasks:lenet_300_100_short",
     "digit_rows": "benchmarks.tasks:digit_rows_short",
 }
+RATIOS = {"digits": 150, "lenet_300_100": 250, "digit_rows": 40}
+"""Of the original's bytes over those that `max-size` is asked for, and that accuracies are compared at."""
 BUDGET, LONG = 50, 400
 DIGITS = string.digits + string.ascii_lowercase
 """How the choice of a dimension is recorded: its place among the dimension's choices."""
 AT = (10, 25, 50, 400)
 
 
-def _optuna(make: Callable[[int], BaseSampler]) -> Callable[[ac.Profile, int, float, int], BaseSampler]:
-    return lambda profile, budget, base, seed: make(seed)
+Method = Callable[[ac.Profile, int, float, int, float], BaseSampler]
+"""(profile, trials, accuracy of the original, seed, bytes for `max-size`) -> a sampler."""
 
 
-def _frontier(profile: ac.Profile, budget: int, base: float, seed: int) -> BaseSampler:
+def _optuna(make: Callable[[int], BaseSampler]) -> Method:
+    return lambda profile, budget, base, seed, size: make(seed)
+
+
+def _frontier(profile: ac.Profile, budget: int, base: float, seed: int, size: float) -> BaseSampler:
     return ac.FrontierSampler(profile, budget, base, seed)
 
 
-def _without_profile(profile: ac.Profile, budget: int, base: float, seed: int) -> BaseSampler:
+def _without_profile(profile: ac.Profile, budget: int, base: float, seed: int, size: float) -> BaseSampler:
     for key, dimension in profile.dimensions.items():
         profile.effects[key] = {str(choice): 0.01 * i for i, choice in enumerate(dimension.choices)}
     return ac.FrontierSampler(profile, budget, base, seed)
@@ -80,7 +89,7 @@ class _Unlearning(ac.FrontierSampler):
         return super()._forecast([], region)
 
 
-METHODS: dict[str, Callable[[ac.Profile, int, float, int], BaseSampler]] = {
+METHODS: dict[str, Method] = {
     "frontier": _frontier,
     "random": _optuna(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
     "tpe": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True)),
@@ -89,7 +98,8 @@ METHODS: dict[str, Callable[[ac.Profile, int, float, int], BaseSampler]] = {
     "no-lineage": _frontier,
     "no-rate": _frontier,
     "no-profile": _without_profile,
-    "no-forecast": lambda profile, budget, base, seed: _Unlearning(profile, budget, base, seed),
+    "no-forecast": lambda profile, budget, base, seed, size: _Unlearning(profile, budget, base, seed),
+    "max-size": lambda profile, budget, base, seed, size: ac.FrontierSampler(profile, budget, base, seed, size),
 }
 OPTUNA = ("random", "tpe", "nsga2", "gp")
 LONG_METHODS, LONG_SEEDS = ("nsga2",), 2
@@ -117,9 +127,9 @@ def run_job(job: Job) -> None:
         workshop = ac.Workshop.on(given, space_for(method), folder, seed)
         profile = ac.Profile(workshop.space, workshop.anatomy, measured_profile(workshop))
         base = {split: measure(given, workshop.original, split) for split in ("val", "test")}
-        study = optuna.create_study(
-            directions=["minimize", "maximize"], sampler=METHODS[method](profile, budget, base["val"], seed)
-        )
+        original_bytes = sum(t.numel() * t.element_size() for t in tensors(workshop.original).values())
+        sampler = METHODS[method](profile, budget, base["val"], seed, original_bytes / RATIOS[task_name])
+        study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
         asked = {d.key: CategoricalDistribution(d.choices) for d in workshop.space}
         trials, proposing = [], []
         for _ in range(budget):
@@ -137,7 +147,6 @@ def run_job(job: Job) -> None:
             study.tell(trial.number, [result.size_bytes, result.val_accuracy])
             chosen = "".join(DIGITS[d.choices.index(trial.params[d.key])] for d in workshop.space)
             trials.append([result.size_bytes, result.val_accuracy, round(result.seconds, 3), parent, chosen])
-        sizes = tensors(workshop.original).values()
         front = []
         done = [(i, t) for i, t in enumerate(trials) if t]
         for at in non_dominated([(t[0], t[1]) for _, t in done]):
@@ -148,7 +157,7 @@ def run_job(job: Job) -> None:
             path_of(job),
             {
                 "job": job,
-                "base_bytes": sum(t.numel() * t.element_size() for t in sizes),
+                "base_bytes": original_bytes,
                 "base": base,
                 "trials": trials,
                 "front": front,
@@ -177,6 +186,12 @@ def area(result: dict[str, Any], count: int) -> float:
     return hypervolume(points, result["base_bytes"], 1 - (2 * error + 0.05))
 
 
+def accuracy(result: dict[str, Any], count: int) -> float:
+    """The best on the validation split among the first `count` trials, of files of at most a stated size."""
+    limit = result["base_bytes"] / RATIOS[result["job"][0]]
+    return max((t[1] for t in result["trials"][:count] if t and t[0] <= limit), default=0.0)
+
+
 def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[Job]:
     """Ours knows its budget, so it has a run for each; Optuna's samplers do not, and have one of the longest."""
     out = []
@@ -194,15 +209,17 @@ def recorded(task: str, method: str, count: int) -> list[dict[str, Any]]:
     return [r for r in runs if r["job"][3] == count or (r["job"][3] > count and method in OPTUNA)]
 
 
-def table(tasks: list[str]) -> Table:
-    shown = Table(title="median hypervolume (number of runs)", title_justify="left")
+def table(title: str, tasks: list[str], measured: Callable[[dict[str, Any], int], float], look: Box) -> Table:
+    shown = Table(title=title, title_justify="left", box=look)
     for name in ("task", "method", *(f"@{count}" for count in AT), "proposal, ms"):
         shown.add_column(name, justify="left" if name in ("task", "method") else "right")
     for task, method in itertools.product(tasks, METHODS):
         cells = []
         for count in AT:
-            areas = [area(run, count) for run in recorded(task, method, count)]
-            cells.append(f"{statistics.median(areas):.3f} ({len(areas)})" if areas else "")
+            found = [measured(run, count) for run in recorded(task, method, count)]
+            cells.append(f"{statistics.median(found):.3f} ({len(found)})" if found else "")
+        if not any(cells):
+            continue
         took = [seconds for run in recorded(task, method, BUDGET) for seconds in run["proposing_seconds"][40:50]]
         shown.add_row(task, method, *cells, f"{1000 * statistics.median(took):.0f}" if took else "")
     return shown
@@ -216,17 +233,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--table", action="store_true", help="print the results there are")
+    parser.add_argument("--markdown", action="store_true", help="the same, for docs/benchmarks.md")
     given = parser.parse_args()
     if given.data:
         os.environ["AUTOCOMPRESS_DATA"] = given.data
     out = Console(width=140)
     tasks = given.task or [*TASKS]
-    if not given.table:
+    if not (given.table or given.markdown):
         wanted = [job for job in jobs(tasks, given.only or [*METHODS], given.seeds) if not path_of(job).is_file()]
         with multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=1) as pool:
             for number, _ in enumerate(pool.imap_unordered(run_job, wanted), 1):
                 out.print(f"{time.strftime('%H:%M:%S')} {number}/{len(wanted)} jobs", highlight=False)
-    out.print(table(tasks))
+    look = MARKDOWN if given.markdown else HEAVY_HEAD
+    out.print(table("median hypervolume (number of runs)", tasks, area, look))
+    at = ", ".join(f"1/{RATIOS[task]} ({task})" for task in tasks)
+    out.print(
+        table(f"median best validation accuracy at {at} of the bytes", tasks, accuracy, look)
+    )
 
 
 if __name__ == "__main__":

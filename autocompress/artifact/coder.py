@@ -211,7 +211,8 @@ class CoderState:
         return stream[: max(len(stream.rstrip(b"\0")), len(stream) - 4)]
 
 
-@njit(cache=True)
+# with their types given, these are compiled once and not for each mixture of integer types that they are called with
+@njit("void(i8[::1], u1[::1])", cache=True)
 def _shift_low(rc: Array, buffer: Array) -> None:
     """Write the settled top byte; carries run through the pending 0xFF bytes (as in LZMA)."""
     low = rc[0]
@@ -233,7 +234,7 @@ def _shift_low(rc: Array, buffer: Array) -> None:
     rc[0] = (low & 0x00FFFFFF) << 8
 
 
-@njit(cache=True)
+@njit("i8(i8, i8[::1], u1[::1], i8, i8)", cache=True)
 def _bit(mode: int, rc: Array, buffer: Array, p: int, bit: int) -> int:
     """Code one bit whose probability of being 1 is p / 65536."""
     if mode == LEARN:
@@ -266,7 +267,7 @@ def _bit(mode: int, rc: Array, buffer: Array, p: int, bit: int) -> int:
     return bit
 
 
-@njit(cache=True)
+@njit("void(i4[::1], i8, i8)", cache=True)
 def _update(memory: Array, slot: int, bit: int) -> None:
     state = memory[slot]
     n = state & 1023
@@ -276,7 +277,7 @@ def _update(memory: Array, slot: int, bit: int) -> None:
     memory[slot] = (p << 10) | (n + 1 if n < _LIMIT else n)
 
 
-@njit(cache=True)
+@njit("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8)", cache=True)
 def _direct(mode: int, rc: Array, buffer: Array, memory: Array, slot: int, bit: int) -> int:
     """A bit with one context."""
     p = min(max(memory[slot] >> 14, _P_MIN), 65536 - _P_MIN)
@@ -320,7 +321,7 @@ def _mixed(
     return bit
 
 
-@njit(cache=True)
+@njit("i8(i8, i8)", cache=True)
 def _near(value: int, unit: int) -> int:
     """A signed neighbour in 7 levels against `unit`, in the same scale: 3 is about zero."""
     size = abs(value)

@@ -39,7 +39,8 @@ def test_a_time_budget_ends_the_search_and_sets_its_pace(tmp_path: Path) -> None
     assert (config["time_budget_seconds"], config["paced"]) == (16, True)
 
 
-def test_the_front_is_made_of_files(tmp_path: Path) -> None:
+def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     seen: list[ac.Progress] = []
     front = ac.search(mini.task(), 8, run=tmp_path / "run", workers=2, listener=seen.append)
     folder = tmp_path / "run"
@@ -67,6 +68,11 @@ def test_the_front_is_made_of_files(tmp_path: Path) -> None:
     assert {"front.png", "front.svg", "config.yaml", "log", "profile.json", "study.journal"} <= {
         p.name for p in folder.iterdir()
     }
+    kept = {int(path.parent.name) for path in folder.glob("trials/*/checkpoint.safetensors")}
+    assert kept == {point.trial for point in front}
+    assert [p.phase for p in seen if "%" in p.phase] == [
+        f"profiling every choice: {share}%" for share in (25, 50, 75, 100)
+    ]
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["budget"], config["seed"], config["space"]["name"]) == (8, 0, "default")
     assert [p.done for p in seen] == sorted(p.done for p in seen)
