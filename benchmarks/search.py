@@ -247,9 +247,7 @@ def main() -> None:
     look = MARKDOWN if given.markdown else HEAVY_HEAD
     out.print(table("median hypervolume (number of runs)", tasks, area, look))
     at = ", ".join(f"1/{RATIOS[task]} ({task})" for task in tasks)
-    out.print(
-        table(f"median best validation accuracy at {at} of the bytes", tasks, accuracy, look)
-    )
+    out.print(table(f"median best validation accuracy at {at} of the bytes", tasks, accuracy, look))
 
 
 if __name__ == "__main__":

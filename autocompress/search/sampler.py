@@ -1,4 +1,4 @@
-"""The frontier sampler: profile, plan, walk with lineage, refine.
+"""The frontier sampler: profile, plan, walk with lineage, improve.
 
 An Optuna sampler like any other: `FrontierSampler(...)` goes into `optuna.create_study(sampler=...)`; docs/search.md
 has an example.
@@ -42,7 +42,8 @@ WALK = 0.5
 _FEWEST, _MOST, _LONGEST = 6, 60, 0.35
 """Steps of the walk of a small and of a large budget, and the smallest share of its bytes that one step leaves."""
 _SHARES = (0.97, 0.9, 0.8, 0.65, 0.5, _LONGEST)
-"""Of the parent's bytes: the steps that are weighed against each other."""
+"""Of the parent's bytes: the steps that are weighed against each other. Improving goes both ways, so the shortest swaps
+one layer's level for another's at about equal bytes (EvoPress, Sieberling et al., 2024)."""
 _USEFUL, _UNIT = 0.06, 0.05
 """Share of the original's accuracy that a file may lose and still be of use; and share of that by which the ceiling
 lies above the best accuracy."""
@@ -241,7 +242,7 @@ class FrontierSampler(BaseSampler):
         """What could be tried next; steps are planned once one is chosen."""
         useful = [p for p in front if p.accuracy >= region.least_accuracy] or front
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
-        out += [self._as_it_is("train", p.chosen, p, done, rng) for p in useful]
+        out += [self._as_it_is("train", p.chosen, p, done, rng) for p in rng.sample(useful, min(len(useful), 8))]
         for larger in rng.sample(useful[:-1], min(len(useful) - 1, 3)):
             out.append(self._crossover(larger, useful[useful.index(larger) + 1], done, rng))
         if self.tried:
