@@ -112,6 +112,7 @@ class FrontierSampler(BaseSampler):
         self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions = profile.dimensions
+        self._default_bytes = profile.predict(profile.default())
         self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
         self._ratios: dict[int, float] = {}
@@ -177,8 +178,7 @@ class FrontierSampler(BaseSampler):
 
     def _walk(self) -> tuple[float, float, int]:
         """Bytes at which it begins and ends, and its steps: geometric, from light to heavy compression."""
-        default = self.profile.predict(self.profile.default())
-        smallest = self.profile.smallest_bytes()
+        default, smallest = self._default_bytes, self.profile.smallest_bytes()
         first = min(0.22 * default, self._uniform_bytes())
         last = max(smallest * 1.1, default / 1200)
         if self.max_size_bytes is not None:
@@ -242,7 +242,7 @@ class FrontierSampler(BaseSampler):
         """What could be tried next; steps are planned once one is chosen."""
         useful = [p for p in front if p.accuracy >= region.least_accuracy] or front
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
-        out += [self._as_it_is("train", p.chosen, p, done, rng) for p in rng.sample(useful, min(len(useful), 8))]
+        out += [self._as_it_is("train", p.chosen, p, done, rng) for p in useful]
         for larger in rng.sample(useful[:-1], min(len(useful) - 1, 3)):
             out.append(self._crossover(larger, useful[useful.index(larger) + 1], done, rng))
         if self.tried:
@@ -257,7 +257,7 @@ class FrontierSampler(BaseSampler):
             least = self.min_accuracy - 0.1 * _USEFUL * abs(base)
         unit = max(_UNIT * _USEFUL * abs(base), 1e-6)
         best = max((p.accuracy for p in done), default=base)
-        largest = self.max_size_bytes or self.profile.predict(self.profile.default())
+        largest = self.max_size_bytes or self._default_bytes
         smallest = largest / 2 if self.max_size_bytes else self.profile.smallest_bytes() / 4
         return Region(smallest, largest, least, max(base, best) + unit)
 
@@ -276,7 +276,7 @@ class FrontierSampler(BaseSampler):
         self, move: str, parent: Point | None, size: float, region: Region, children: Counter[int | None]
     ) -> Step:
         assert parent is not None
-        level = math.log2(self.profile.predict(self.profile.default()) / parent.size)
+        level = math.log2(self._default_bytes / parent.size)
         lacking = (region.ceiling - parent.accuracy) / (region.ceiling - self.base_accuracy)
         return Step(move, math.log2(parent.size / size), level, lacking, children[parent.number])
 
@@ -302,7 +302,8 @@ class FrontierSampler(BaseSampler):
     ) -> Proposal:
         """A recipe that is not planned: its bytes are what they are."""
         chosen = self._trained(chosen, parent, rng)
-        predicted = self.profile.predict(chosen) * self._correction(done, parent, chosen)
+        as_before = parent.size / self._ratio(parent) if move == "train" else self.profile.predict(chosen)
+        predicted = as_before * self._correction(done, parent, chosen)
         return Proposal(move, parent, predicted, chosen, predicted)
 
     # ------------------------------------------------------------ judgement
