@@ -143,6 +143,13 @@ class Workshop:
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
+    def profile_seconds(self) -> float:
+        """About how long `base_profile` takes: one probe, times their number."""
+        prober = self.prober
+        began = time.monotonic()
+        prober.distance(self.original)
+        return (time.monotonic() - began) * sum(map(len, needed_choices(self.space, self.anatomy).values()))
+
     def base_profile(self, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
         """Effects and bytes of every single choice on the original model, as plain data.
 

@@ -59,6 +59,8 @@ from autocompress.trial import (
 Sampler = Literal["frontier", "tpe", "nsga2", "gp", "random"]
 _BUDGET = 50
 _MANY = 1_000_000
+WORTH_WORKERS = 10
+"""Seconds that a profile takes at least, for workers to be started to measure it."""
 MAX_FRUITLESS = 3
 """Tune runs in a row that may end without a finished trial before the search gives up."""
 
@@ -314,7 +316,7 @@ class Controller:
         def progress(share: float) -> None:
             self._tell(f"profiling every choice: {100 * share:.0f}%")
 
-        if self.workers == 1:
+        if self.workers == 1 or self.workshop.profile_seconds() < WORTH_WORKERS:
             return self.workshop.base_profile(progress)
         self._start_ray()
         try:

@@ -17,6 +17,7 @@ from conftest import small_digits
 
 import autocompress as ac
 from autocompress.errors import RunError, TargetError
+from autocompress.search import controller
 from autocompress.search.run_folder import create_run, existing_run
 
 TESTS = str(Path(__file__).parents[1])
@@ -41,6 +42,7 @@ def test_a_time_budget_ends_the_search_and_sets_its_pace(tmp_path: Path) -> None
 
 def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(controller, "WORTH_WORKERS", 0)
     seen: list[ac.Progress] = []
     front = ac.search(mini.task(), 8, run=tmp_path / "run", workers=2, listener=seen.append)
     folder = tmp_path / "run"
