@@ -397,12 +397,9 @@ class FrontierSampler(BaseSampler):
         chosen = dict(chosen)
         for key, d in self._training.items():
             if parent is None:
-                numeric = all(isinstance(choice, (int, float)) for choice in d.choices)
-                middle = (len(d.choices) - 1) // 2 if numeric else 0
                 # a price of bits pays from the start: the highest but one
-                chosen[key] = d.choices[
-                    max(len(d.choices) - 2, 0) if trainings()[d.name].penalty(d.choices[-1]) else middle
-                ]
+                priced = len(d.choices) > 1 and trainings()[d.name].penalty(d.choices[-1])
+                chosen[key] = d.choices[-2] if priced else d.choices[0]
             elif change and rng.random() < min(0.2, 0.8 / len(self._training)):
                 chosen[key] = rng.choice(d.choices)
             else:
