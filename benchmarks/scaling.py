@@ -33,7 +33,7 @@ import autocompress as ac
 from autocompress.front import hypervolume
 from autocompress.recipe import Choice
 from autocompress.search.controller import profile as measure_profile
-from benchmarks.search import DIGITS, RESULTS, TASKS
+from benchmarks.search import DIGITS, RESULTS, TASKS, worst_accuracy
 
 OUT = Path(__file__).parent / "results" / "scaling.json"
 WORKERS = (1, 8, 64, 512)
@@ -153,7 +153,7 @@ def main() -> None:
     trials = sum(len(run["trials"]) for run in runs)
     out.print(f"from {trials} recorded trials; share of variance foretold of unseen ones: ", end="")
     out.print(", ".join(f"{n} {e:.2f}" for n, e in zip(("accuracy", "bytes", "seconds"), explained, strict=True)))
-    worst = 1 - (2 * (1 - simulator.base) + 0.05)
+    worst = worst_accuracy(simulator.base)
     results: dict[str, Any] = {"task": given.task, "recorded_trials": trials, "explained": explained, "workers": {}}
     goal = whole = alone = 0.0
     for workers in WORKERS:

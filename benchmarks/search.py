@@ -181,11 +181,15 @@ def write(path: Path, data: Any) -> None:
     path.with_suffix(".new").replace(path)
 
 
+def worst_accuracy(base: float) -> float:
+    """Of the reference point: an error of twice the original's plus 5 points."""
+    return 1 - (2 * (1 - base) + 0.05)
+
+
 def area(result: dict[str, Any], count: int) -> float:
     """Hypervolume of the first `count` trials."""
-    error = 1 - result["base"]["val"]
     points = [(t[0], t[1]) for t in result["trials"][:count] if t]
-    return hypervolume(points, result["base_bytes"], 1 - (2 * error + 0.05))
+    return hypervolume(points, result["base_bytes"], worst_accuracy(result["base"]["val"]))
 
 
 def accuracy(result: dict[str, Any], count: int) -> float:

@@ -67,7 +67,7 @@ class Forecast:
         return mean, np.sqrt(self._variance * (1 + ((x @ self._covariance) * x).sum(1)))
 
 
-class Shrinkage:
+class BytesForecast:
     """What training makes of the predicted bytes: file over prediction, of a child against its parent's.
 
     Ridge regression of its logarithm on the training choices that were changed. pairs: (choices of the parent, of the

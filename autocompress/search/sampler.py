@@ -31,7 +31,7 @@ from autocompress.errors import SamplerError
 from autocompress.front import non_dominated
 from autocompress.recipe import Choice
 from autocompress.search.acquisition import Region, expected_improvement
-from autocompress.search.forecast import MOVES, Forecast, Shrinkage, Step
+from autocompress.search.forecast import MOVES, BytesForecast, Forecast, Step
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
 from autocompress.space import without_void
@@ -116,7 +116,7 @@ class FrontierSampler(BaseSampler):
         self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
         self._ratios: dict[int, float] = {}
-        self._shrinkage: tuple[int, Shrinkage] | None = None
+        self._bytes_forecast: tuple[int, BytesForecast] | None = None
         self._training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
         rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
         # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
@@ -166,11 +166,11 @@ class FrontierSampler(BaseSampler):
             if done:
                 return self._improve(done, running, rng)
             return self._step(done, first, rng, noise=0.5)
-        coming = len(running)
+        pending = len(running)
         if not done:
-            return self._step(done, first * _LONGEST ** (coming / count), rng, noise=0.5 if coming else 0.0)
+            return self._step(done, first * _LONGEST ** (pending / count), rng, noise=0.5 if pending else 0.0)
         smallest = min(p.size for p in done)
-        target = smallest * min(last / smallest, 0.97) ** ((1 + coming) / (count - number + coming))
+        target = smallest * min(last / smallest, 0.97) ** ((1 + pending) / (count - number + pending))
         ancestor = self._ancestor(done, target)
         shortest = _LONGEST * (ancestor.size if ancestor else first)
         crowded = target < shortest  # many workers, few ancestors: the same bytes in different ways
@@ -198,8 +198,8 @@ class FrontierSampler(BaseSampler):
 
     def _collapsed(self, done: Sequence[Point]) -> bool:
         """Whether the walk has come where accuracy is no longer of use to anyone."""
-        smallest = sorted(done, key=lambda p: p.size)[:2]
-        return len(done) >= 4 and all(p.accuracy < self._region(done).least_accuracy for p in smallest)
+        smallest, least = sorted(done, key=lambda p: p.size)[:2], self._region(done).least_accuracy
+        return len(done) >= 4 and all(p.accuracy < least for p in smallest)
 
     def _step(
         self, done: Sequence[Point], target: float, rng: random.Random, noise: float, parent: Point | None = None
@@ -215,11 +215,11 @@ class FrontierSampler(BaseSampler):
     def _improve(self, done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random) -> Proposal:
         """What is expected to add most to the front, with those that are on their way as if they were finished."""
         front, region = self._front(done), self._region(done)
-        coming = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
+        pending = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
         points = [(p.size, p.accuracy) for p in front]
-        points += [(t["target_bytes"], t["expected_accuracy"]) for t in coming]
+        points += [(t["target_bytes"], t["expected_accuracy"]) for t in pending]
         proposals = self._proposals(front, done, region, rng)
-        children = Counter([p.parent for p in done] + [t["parent"] for t in coming])
+        children = Counter([p.parent for p in done] + [t["parent"] for t in pending])
         steps = [self._as_step(p.move, p.parent, p.target_bytes, region, children) for p in proposals]
         mean, deviation = self._forecast(done, region)(steps)
         mean += math.log(region.ceiling - self.base_accuracy)
@@ -289,9 +289,8 @@ class FrontierSampler(BaseSampler):
 
     def _crossover(self, larger: Point, smaller: Point, done: Sequence[Point], rng: random.Random) -> Proposal:
         """Each layer from one of two neighbours on the front; weights from the one whose channels allow."""
-        sites = {key.rpartition(":")[0] for key in self.dimensions}
-        pick = {site: rng.random() < 0.5 for site in sorted(sites)}
-        chosen = {key: (smaller if pick[key.rpartition(":")[0]] else larger).chosen[key] for key in self.dimensions}
+        pick = {site: rng.random() < 0.5 for site in sorted({d.site for d in self.dimensions.values()})}
+        chosen = {key: (smaller if pick[d.site] else larger).chosen[key] for key, d in self.dimensions.items()}
         for key, choice in chosen.items():
             if not self._follows(key, larger, choice):
                 chosen[key] = larger.chosen[key]
@@ -302,8 +301,7 @@ class FrontierSampler(BaseSampler):
     ) -> Proposal:
         """A recipe that is not planned: its bytes are what they are."""
         chosen = self._trained(chosen, parent, rng)
-        as_before = parent.size / self._ratio(parent) if move == "train" else self.profile.predict(chosen)
-        predicted = as_before * self._correction(done, parent, chosen)
+        predicted = self.profile.predict(chosen) * self._correction(done, parent, chosen)
         return Proposal(move, parent, predicted, chosen, predicted)
 
     # ------------------------------------------------------------ judgement
@@ -339,15 +337,18 @@ class FrontierSampler(BaseSampler):
         """File over predicted bytes: the parent's own, moved by what training usually does to it."""
         if parent is None:
             return 1.0
-        if self._shrinkage is None or self._shrinkage[0] != len(done):
+        if self._bytes_forecast is None or self._bytes_forecast[0] != len(done):
             known = {p.number: p for p in done}
             pairs = [
                 (known[p.parent].chosen, p.chosen, math.log(self._ratio(p) / self._ratio(known[p.parent])))
                 for p in done
                 if p.parent in known
             ]
-            self._shrinkage = len(done), Shrinkage({key: d.choices for key, d in self._training.items()}, pairs)
-        return self._ratio(parent) * self._shrinkage[1](parent.chosen, chosen)
+            self._bytes_forecast = (
+                len(done),
+                BytesForecast({key: d.choices for key, d in self._training.items()}, pairs),
+            )
+        return self._ratio(parent) * self._bytes_forecast[1](parent.chosen, chosen)
 
     def _ratio(self, point: Point) -> float:
         """File over predicted bytes."""

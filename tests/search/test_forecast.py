@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 
-from autocompress.search.forecast import Forecast, Shrinkage, Step
+from autocompress.search.forecast import BytesForecast, Forecast, Step
 
 
 def pairs(count: int, noise: float = 0.05) -> list[tuple[Step, float]]:
@@ -52,8 +52,8 @@ def test_it_learns_how_a_training_choice_changes_the_bytes() -> None:
         before, after = ({key: rng.choice(c) for key, c in choices.items()} for _ in range(2))
         halvings = (after["model:rate_penalty"] - before["model:rate_penalty"]) / 4
         changes.append((before, after, math.log(0.9) - math.log(2) * halvings + rng.gauss(0, 0.05)))
-    shrinkage = Shrinkage(choices, changes)
+    forecast = BytesForecast(choices, changes)
     low, high = ({"model:rate_penalty": price, "model:precision": "float32"} for price in (0.0, 4.0))
-    np.testing.assert_allclose(shrinkage(low, high), 0.45, rtol=0.1)
-    np.testing.assert_allclose(shrinkage(high, high), 0.9, rtol=0.1)
-    assert Shrinkage(choices, [])(low, high) == 1
+    np.testing.assert_allclose(forecast(low, high), 0.45, rtol=0.1)
+    np.testing.assert_allclose(forecast(high, high), 0.9, rtol=0.1)
+    assert BytesForecast(choices, [])(low, high) == 1
