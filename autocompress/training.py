@@ -92,7 +92,6 @@ def fine_tune(
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     calibrated = rate is None
     rate = rate or RateModel(candidate)
-    original = sum(layer.numel for layer in candidate.anatomy.layers)
     total = epochs * _count(task)
     every = max(_MASK_EVERY, total // _ROUNDS) if candidate.regrows else _MASK_EVERY
     activations = list(candidate.activations().values())
@@ -141,7 +140,7 @@ def fine_tune(
             torch.autograd.backward(scaler.scale(loss))
             candidate.backpropagate()
             if penalty:
-                torch.autograd.backward(scaler.scale(rate.bits() * (penalty / original)))
+                torch.autograd.backward(scaler.scale(penalty * rate.bits().clamp_min(1.0).log2()))
             scaler.step(optimizer)
             scaler.update()
             step += 1

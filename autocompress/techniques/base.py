@@ -242,7 +242,7 @@ class TrainingTechnique(Technique):
         return nullcontext()
 
     def penalty(self, choice: Choice) -> float:
-        """Price of the estimated rate in the loss: nats per bit of an average original weight."""
+        """Price of the estimated rate in the loss: nats that half the bits of all layers are worth."""
         return 0.0
 
     def term(self, choice: Choice, activations: Sequence[nn.Module]) -> Term | None:

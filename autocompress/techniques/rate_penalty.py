@@ -1,5 +1,6 @@
-"""Price of bits while fine-tuning: the estimated rate of the file is part of the loss.
+"""Price of bits while fine-tuning: the logarithm of the estimated rate is part of the loss.
 
+So half the bits are worth the same at any size: a price that suits a first step suits the last one too.
 Rate-aware training makes files 2 to 3 times smaller with the same coder (Wiedemann et al., DeepCABAC,
 2019; Oktay et al., Scalable Model Compression, ICLR 2020).
 
@@ -18,10 +19,10 @@ from autocompress.techniques.base import TrainingTechnique, number_in, register
 class RatePenalty(TrainingTechnique):
     name = "rate_penalty"
     default = 0.0
-    about = "price of a bit while fine-tuning; more makes smaller files"
+    about = "price of bits while fine-tuning: nats of loss that half the bits are worth; more makes smaller files"
 
     def examples(self) -> Sequence[Choice]:
-        return (0.0, 0.2, 4.0)
+        return (0.0, 0.25, 1.0)
 
     def parse(self, raw: Any) -> Choice:
         return number_in(raw, 0.0, 100.0, "give a price")
