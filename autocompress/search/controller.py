@@ -1,4 +1,4 @@
-"""The search: sets up a run, feeds the engine, keeps the front."""
+"""The search: sets up a run and feeds the engine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import autocompress.techniques  # noqa: F401  (registers the techniques)
-from autocompress.artifact import load, write_file
+from autocompress.artifact import write_file
 from autocompress.durations import parse_duration
 from autocompress.errors import RunError, TargetError, TaskError
-from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
+from autocompress.front import Base, ParetoFront
 from autocompress.search import engine
 from autocompress.search.pace import Pace
 from autocompress.search.profile import Profile
 from autocompress.search.profile_cache import measured_profile
+from autocompress.search.results import Results
 from autocompress.search.run_folder import (
     BASE,
     LOG,
@@ -45,16 +46,7 @@ from autocompress.sizes import format_size, parse_size
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.surgery import assign, tensors
 from autocompress.task import Task, check_task, load_task, measure
-from autocompress.trial import (
-    ARTIFACT,
-    CHECKPOINT,
-    RECIPE,
-    Rung,
-    TrialResult,
-    TrialSpec,
-    Workshop,
-    seed_everything,
-)
+from autocompress.trial import Rung, TrialResult, TrialSpec, Workshop, seed_everything
 
 Sampler = Literal["frontier", "tpe", "nsga2", "gp", "random"]
 _BUDGET = 50
@@ -352,11 +344,16 @@ class Controller:
             self.settings["min_accuracy"],
         )
         self.study = SearchStudy(self.folder, self.space, self.budget, self.sampler)
+        self.results = Results(self.folder, self.task, self.rules.name, self.seed, self.base, self.study)
         try:
             self.study.recover()
             if self.study.remaining() > 0:
                 self._run_engine()
-            return self._finish()
+            self._tell("measuring the front on the test split")
+            front = self.results.final_front()
+            self._tell("done")
+            self.log.info("done: %d points on the front", len(front))
+            return front
         finally:
             self.close()
 
@@ -442,8 +439,7 @@ class Controller:
             result.size_bytes,
             result.val_accuracy,
         )
-        self._drop_checkpoints()
-        self._write_front(self._front(final=False))
+        self.results.keep()
         self._tell("searching")
 
     def stopped(self, number: int) -> None:
@@ -459,63 +455,7 @@ class Controller:
         self.log.warning("trial %d failed: %s", number, reason.strip().splitlines()[-1])
         self._tell("searching")
 
-    # ------------------------------------------------------------ results
-
-    def _drop_checkpoints(self) -> None:
-        """Keep the weights of trials that may be a parent: the front, and where running trials started from."""
-        from optuna.trial import TrialState
-
-        assert self.study is not None
-        done = self.study.complete()
-        keep = {t.user_attrs.get("parent") for t in self.study.trials(TrialState.RUNNING)}
-        keep |= {done[i].number for i in non_dominated([(t.values[0], t.values[1]) for t in done])}
-        for trial in done:
-            if trial.number not in keep:
-                (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
-
-    def _front(self, final: bool) -> ParetoFront:
-        """The front as it stands; `final` measures the test split, once, on the decoded files."""
-        assert self.study is not None
-        assert self.base is not None
-        done = self.study.complete()
-        points = []
-        for i in non_dominated([(t.values[0], t.values[1]) for t in done]):
-            trial = done[i]
-            artifact = f"trials/{trial.number}/{ARTIFACT}"
-            path = self.folder / artifact
-            test = measure(self.task, load(path, self.task.build), "test") if final else None
-            points.append(
-                FrontPoint(
-                    trial.number,
-                    path.stat().st_size,
-                    trial.values[1],
-                    test,
-                    artifact,
-                    json.loads((self.workshop.trial_folder(trial.number) / RECIPE).read_text()),
-                    trial.user_attrs.get("parent"),
-                    round(float(trial.user_attrs["seconds"]), 3),
-                    self.folder,
-                )
-            )
-        return ParetoFront(self.task.name, self.rules.name, self.seed, self.base, tuple(points), self.folder)
-
-    def _write_front(self, front: ParetoFront) -> None:
-        write_file(self.folder / FRONT_FILE, (json.dumps(front.to_json(), indent=1) + "\n").encode())
-
-    def _finish(self) -> ParetoFront:
-        assert self.study is not None
-        if not self.study.complete():
-            failed = [t for t in self.study.trials() if t.user_attrs.get("error")]
-            last = failed[-1].user_attrs["error"].strip().splitlines()[-1] if failed else "no trial finished"
-            raise RunError(f"every trial of run {str(self.folder)!r} failed; the last one said: {last}")
-        self._tell("measuring the front on the test split")
-        front = self._front(final=True)
-        self._write_front(front)
-        for suffix in ("png", "svg"):
-            front.plot(self.folder / f"front.{suffix}")
-        self._tell("done")
-        self.log.info("done: %d points on the front", len(front))
-        return front
+    # ------------------------------------------------------------ to people
 
     def _tell(self, phase: str) -> None:
         if self.listener is None:
