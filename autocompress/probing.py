@@ -141,6 +141,13 @@ def _stored(shadow: ShadowedLayer, dimension: str, choice: Choice) -> Tensor:
 
 
 @torch.no_grad()
+def masks_nothing(candidate: Candidate, site: str, dimension: str, choice: Choice) -> bool:
+    """Whether the stored weights of a layer already have all the zeros that this choice of a masking asks."""
+    weights = [shadow.effective() for shadow in candidate.layers.values() if shadow.site == site]
+    return all(bool(maskings()[dimension].mask(weight, choice)[weight != 0].all()) for weight in weights)
+
+
+@torch.no_grad()
 def zero_shares(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, float]:
     """Name -> share of zeros in the outputs of these modules while `run()` runs the model that they are in."""
     zeros: dict[str, list[int]] = {}

@@ -25,6 +25,7 @@ from autocompress.probing import (
     Prober,
     all_effects,
     layer_bytes,
+    masks_nothing,
     needed_choices,
     vector_bytes,
     weights_left,
@@ -34,6 +35,7 @@ from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_size, measure, to_device
+from autocompress.techniques.base import maskings
 from autocompress.training import fine_tune, step_costs
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
@@ -72,7 +74,8 @@ class TrialResult:
     """size_bytes: bytes of the file on disk. val_accuracy: of the model decoded from that file.
 
     estimated_bytes: of the rate model on the fine-tuned weights, before packing. effects: rise of the
-    output distance by each neighbouring choice, probed at the fine-tuned weights. activation_sparsity: name
+    output distance by each neighbouring choice, probed at the fine-tuned weights. reached: the heaviest choice of a
+    masking that these weights already meet, where it is more than the recipe asks. activation_sparsity: name
     of an activation -> share of zeros in its output, of the decoded model on the calibration batches.
     step_costs: precision -> seconds and bytes of one step (see `training.step_costs`), where it was mixed.
     """
@@ -82,6 +85,7 @@ class TrialResult:
     estimated_bytes: float
     seconds: float
     effects: dict[str, dict[str, float]] = field(default_factory=dict)
+    reached: dict[str, Choice] = field(default_factory=dict)
     activation_sparsity: dict[str, float] = field(default_factory=dict)
     step_costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -207,10 +211,13 @@ class Workshop:
         decoded = unpack(read_artifact(path), self.task.build()).to(self.device)
         accuracy = measure(self.task, decoded, "val")
         write_file(folder / CHECKPOINT, save(candidate.state()))
-        effects = self.prober.effects(candidate, self._neighbours(recipe))
+        reached, beyond = self._neighbours(candidate)
+        effects = self.prober.effects(candidate, beyond)
         zeros = zero_shares(activation_modules(decoded, self.anatomy), lambda: self.calibration(decoded))
         costs = step_costs(candidate, self.calibration)
-        result = TrialResult(path.stat().st_size, accuracy, estimate, time.monotonic() - began, effects, zeros, costs)
+        result = TrialResult(
+            path.stat().st_size, accuracy, estimate, time.monotonic() - began, effects, reached, zeros, costs
+        )
         shown = {key: value for key, value in asdict(result).items() if key != "effects"}
         write_file(folder / METRICS, json.dumps({**shown, "parent": spec.parent}, indent=1).encode())
         yield result
@@ -228,16 +235,21 @@ class Workshop:
         distance = self.prober.distance(candidate.model)
         return self.task.learning_rate * min(1.0, max(0.05, math.sqrt(distance / _FAR)))
 
-    def _neighbours(self, recipe: Recipe) -> dict[str, list[Choice]]:
-        """The next heavier choice of each dimension that changes bytes."""
-        present = self.space.complete(recipe)
-        out = {}
-        for dimension in self.space:
-            if dimension.name in ("weights", "sparsity", "channels", "structure"):
-                at = (
-                    dimension.choices.index(present[dimension.key])
-                    if present[dimension.key] in dimension.choices
-                    else -1
-                )
-                out[dimension.key] = list(dimension.choices[at + 1 : at + 2])
-        return {key: choices for key, choices in out.items() if choices}
+    def _neighbours(self, candidate: Candidate) -> tuple[dict[str, Choice], dict[str, list[Choice]]]:
+        """(what maskings have come to without being asked, the next heavier choice of each dimension of bytes)."""
+        present = self.space.complete(candidate.recipe)
+        reached, beyond = {}, {}
+        for d in self.space:
+            if d.name not in ("weights", "sparsity", "channels", "structure"):
+                continue
+            at = d.choices.index(present[d.key]) if present[d.key] in d.choices else -1
+            first = at
+            while d.name in maskings() and at + 1 < len(d.choices):
+                if not masks_nothing(candidate, d.site, d.name, d.choices[at + 1]):
+                    break
+                at += 1
+            if at > first:
+                reached[d.key] = d.choices[at]
+            if at + 1 < len(d.choices):
+                beyond[d.key] = [d.choices[at + 1]]
+        return reached, beyond

@@ -146,6 +146,7 @@ def run_job(job: Job) -> None:
                 trials.append(None)
                 continue
             trial.set_user_attr("effects", result.effects)
+            trial.set_user_attr("reached", result.reached)
             study.tell(trial.number, [result.size_bytes, result.val_accuracy])
             chosen = "".join(DIGITS[d.choices.index(trial.params[d.key])] for d in workshop.space)
             trials.append([result.size_bytes, result.val_accuracy, round(result.seconds, 3), parent, chosen])

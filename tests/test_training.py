@@ -11,7 +11,7 @@ import torch
 from conftest import small_digits, zoo_task
 from torch import nn
 
-from autocompress.artifact import pack
+from autocompress.artifact import load, pack
 from autocompress.compression import Candidate
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
@@ -59,7 +59,7 @@ def test_sparsity_rises_from_the_parents() -> None:
 
 def test_a_rate_penalty_makes_the_file_smaller() -> None:
     sizes = []
-    for penalty in (0, 0.2):
+    for penalty in (0, 1):
         torch.manual_seed(0)
         task = small_digits()
         candidate = candidate_of(task, {"1:weights": "int4", "3:weights": "int4", "model:rate_penalty": penalty})
@@ -147,3 +147,19 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
         [*workshop.run(TrialSpec(3, {"conv1": {"weights": "int3", "sparsity": 0.5}}))]
         files.append((tmp_path / folder / "trials" / "3" / "model.acz").read_bytes())
     assert files[0] == files[1]
+
+
+def test_a_trial_tells_which_zeros_its_weights_already_have(tmp_path: Path) -> None:
+    """At two bits many weights of a layer round to zero, whatever sparsity its recipe asks."""
+    levels = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.98)
+    task = small_digits(epochs=1)
+    space = SearchSpace.parse(f"layers: {{'*': {{sparsity: {list(levels)}, weights: [float32, int2]}}}}")
+    workshop = Workshop(task, task.build(), space, tmp_path, 0)
+    result = workshop.finish(0, workshop.space.recipe({"1:sparsity": 0.1, "1:weights": "int2"}))
+    stored = load(tmp_path / "trials" / "0" / "model.acz", task.build)
+    zeros = float((stored[1].weight == 0).float().mean())
+    reached = result.reached["1:sparsity"]
+    beyond = levels[levels.index(reached) + 1]
+    assert 0.1 < reached <= zeros < beyond
+    assert list(result.effects["1:sparsity"]) == [str(beyond)]
+    assert "3:sparsity" not in result.reached

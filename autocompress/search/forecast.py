@@ -19,10 +19,14 @@ from autocompress.search.profile import Floats
 Pair = tuple[Mapping[str, Choice], Mapping[str, Choice], float]
 MOVES = ("step", "train", "cross", "rebuild")
 """Plan a smaller recipe; train on; cross with a neighbour; change the structure of one part."""
-_BELIEF = (0.0, 0.3, 0.2, 0.0, 0.0, 0.0, 0.1, 0.0, -0.1, 0.0, 0.1)
-"""Coefficients: half the bytes cost half as much again, more the smaller the model; training on wins a tenth."""
-_TRUST, _SCATTER = 2.0, 0.3
-"""Pairs that the belief counts as, and the deviation from it that is expected of a child."""
+_BELIEF = (0.0, 0.3, 0.2, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.1, -0.07)
+"""Coefficients: half the bytes cost half as much again, more the smaller the model; training on wins the more, the
+more is lacking, and less each time."""
+_SCATTER = {"step": 0.3, "train": 0.1, "cross": 0.15, "rebuild": 0.3}
+"""Deviation from it that is expected of a child, by its move."""
+_DOUBT, _TRUST, _SHARED = 0.3, 3.0, 0.5
+"""Deviation of a coefficient; pairs that the scatter of a move counts as; share of its variance that all children of a
+parent have in common: an accuracy that was good luck is not inherited."""
 _RIDGE, _FAR = 0.5, math.log(3)
 """Of the regression of bytes; and the largest change of a factor that is believed, as a logarithm."""
 _LATEST = 2000
@@ -32,19 +36,20 @@ _LATEST = 2000
 @dataclass(frozen=True)
 class Step:
     """From a parent to a child. halvings: log2 of parent over child bytes. level: log2 of the original's over the
-    parent's bytes. lacking: of the parent's accuracy to the ceiling, in what the original's lacks. siblings: earlier
-    children of the parent."""
+    parent's bytes. lacking: of the parent's accuracy to the ceiling, in what the original's lacks. trained: how often
+    the parent itself was trained on. parent: its number."""
 
     move: str
     halvings: float
     level: float
     lacking: float
-    siblings: int
+    trained: int
+    parent: int
 
     def features(self) -> list[float]:
         down, log, level = max(self.halvings, 0.0), math.log(self.lacking), (self.level - 5) / 3
         kinds = [float(self.move == move) for move in MOVES[1:]]
-        return [1.0, down, down**2, log, down * log, level, down * level, math.log1p(self.siblings), *kinds]
+        return [1.0, down, down**2, log, down * log, level, down * level, *kinds, kinds[0] * log / (1 + self.trained)]
 
 
 class Forecast:
@@ -53,18 +58,43 @@ class Forecast:
     def __init__(self, pairs: Sequence[tuple[Step, float]]) -> None:
         belief, latest = np.array(_BELIEF), pairs[-_LATEST:]
         x = np.array([step.features() for step, _ in latest]).reshape(-1, len(belief))
-        y = np.array([math.log(lacked / step.lacking) for step, lacked in latest])
-        precision = x.T @ x + np.eye(len(belief))
-        self._covariance = np.linalg.inv(precision)
-        self._coefficients = self._covariance @ (belief + x.T @ y)
-        squares = y @ y + belief @ belief - self._coefficients @ precision @ self._coefficients
-        self._variance = (_TRUST * _SCATTER**2 + max(squares, 0.0)) / (_TRUST + len(y))
+        y = np.array([math.log(lacked / step.lacking) for step, lacked in latest]) - x @ belief
+        moves = np.array([MOVES.index(step.move) for step, _ in latest], np.intp)
+        parents, of, counts = np.unique([step.parent for step, _ in latest], return_inverse=True, return_counts=True)
+        own = (1 - _SHARED) / (1 - _SHARED + _SHARED * counts)
+        prior = np.array([_SCATTER[move] for move in MOVES])
+        self._scatter = prior
+
+        def mean(values: Floats) -> Floats:
+            return np.bincount(of, values, len(parents)) / counts
+
+        def independent(values: Floats) -> Floats:
+            """In units of its move's scatter and less what siblings have in common (Swamy and Arora, 1972)."""
+            values = values / self._scatter[moves]
+            left: Floats = (values - ((1 - np.sqrt(own)) * mean(values))[of]) / math.sqrt(1 - _SHARED)
+            return left
+
+        for _ in range(2):
+            alone, left = np.stack([independent(column) for column in x.T], 1), independent(y)
+            self._covariance = np.linalg.inv(alone.T @ alone + np.eye(len(belief)) / _DOUBT**2)
+            learned = self._covariance @ (alone.T @ left)
+            off = y - x @ learned
+            better = off < 0  # a child that failed altogether tells nothing of how much better others may be
+            squares = np.bincount(moves[better], off[better] ** 2, len(MOVES))
+            known = np.bincount(moves[better], minlength=len(MOVES))
+            common = (1 - own) * mean(off / self._scatter[moves])
+            self._scatter = np.sqrt((_TRUST * prior**2 + squares) / (_TRUST + known))
+        self._coefficients = belief + learned
+        self._parents = dict(zip(parents.tolist(), zip(common, 1 - _SHARED + _SHARED * own, strict=True), strict=True))
+        """Number of a parent -> (what its children differ by, share of the variance that is left)."""
 
     def __call__(self, steps: Sequence[Step]) -> tuple[Floats, Floats]:
         """(mean, deviation), float64 [n]: of the logarithm of what each child's accuracy will lack."""
         x = np.array([step.features() for step in steps])
-        mean = np.log([step.lacking for step in steps]) + x @ self._coefficients
-        return mean, np.sqrt(self._variance * (1 + ((x @ self._covariance) * x).sum(1)))
+        scatter = self._scatter[[MOVES.index(step.move) for step in steps]]
+        common, left = np.array([self._parents.get(step.parent, (0.0, 1.0)) for step in steps]).T
+        mean = np.log([step.lacking for step in steps]) + x @ self._coefficients + scatter * common
+        return mean, np.sqrt(scatter**2 * left + ((x @ self._covariance) * x).sum(1))
 
 
 class BytesForecast:

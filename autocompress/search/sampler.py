@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,11 +64,18 @@ class Point:
     def __init__(self, trial: FrozenTrial, keys: Container[str]) -> None:
         self.number = trial.number
         self.chosen: dict[str, Choice] = {key: choice for key, choice in trial.params.items() if key in keys}
+        reached = trial.user_attrs.get("reached", {})
+        self.reached = self.chosen | {key: choice for key, choice in reached.items() if key in keys}
+        """What its weights amount to: a price of bits prunes more than the recipe asks."""
         self.size: float = trial.values[0]
         self.accuracy: float = trial.values[1]
         self.effects: dict[str, dict[str, float]] = trial.user_attrs.get("effects", {})
         self.parent: int | None = trial.user_attrs.get("parent")
         self.move: str = trial.user_attrs.get("move", MOVES[0])
+
+    def as_asked(self, chosen: Mapping[str, Choice]) -> dict[str, Choice]:
+        """A child's choices; what the weights came to by themselves need not be asked of them."""
+        return {key: self.chosen[key] if choice == self.reached[key] else choice for key, choice in chosen.items()}
 
     @cached_property
     def rebuilt(self) -> list[tuple[str, str]]:
@@ -206,11 +212,12 @@ class FrontierSampler(BaseSampler):
     ) -> Proposal:
         """A planned recipe of about `target` bytes, around the best ancestor."""
         parent = parent or self._ancestor(done, target)
-        start = self._trained(parent.chosen if parent else self.profile.default(), parent, rng, change=noise > 0)
+        start = self._trained(parent.reached if parent else self.profile.default(), parent, rng, change=noise > 0)
         correction = self._correction(done, parent, start)
         effects, allowed = self._effects(parent, rng, noise), self._allowed(parent, noise > 0)
         chosen = plan(self.profile, effects, target / correction, start, allowed)
-        return Proposal("step", parent, target, chosen, self.profile.predict(chosen) * correction)
+        predicted = self.profile.predict(chosen) * correction
+        return Proposal("step", parent, target, parent.as_asked(chosen) if parent else chosen, predicted)
 
     def _improve(self, done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random) -> Proposal:
         """What is expected to add most to the front, with those that are on their way as if they were finished."""
@@ -219,8 +226,7 @@ class FrontierSampler(BaseSampler):
         points = [(p.size, p.accuracy) for p in front]
         points += [(t["target_bytes"], t["expected_accuracy"]) for t in pending]
         proposals = self._proposals(front, done, region, rng)
-        children = Counter([p.parent for p in done] + [t["parent"] for t in pending])
-        steps = [self._as_step(p.move, p.parent, p.target_bytes, region, children) for p in proposals]
+        steps = [self._as_step(p.move, p.parent, p.target_bytes, region) for p in proposals]
         mean, deviation = self._forecast(done, region)(steps)
         mean += math.log(region.ceiling - self.base_accuracy)
         sizes = np.array([p.target_bytes for p in proposals])
@@ -242,7 +248,7 @@ class FrontierSampler(BaseSampler):
         """What could be tried next; steps are planned once one is chosen."""
         useful = [p for p in front if p.accuracy >= region.least_accuracy] or front
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
-        out += [self._as_it_is("train", p.chosen, p, done, rng) for p in useful]
+        out += [self._as_it_is("train", p.reached, p, done, rng) for p in useful]
         for larger in rng.sample(useful[:-1], min(len(useful) - 1, 3)):
             out.append(self._crossover(larger, useful[useful.index(larger) + 1], done, rng))
         if self.tried:
@@ -263,37 +269,37 @@ class FrontierSampler(BaseSampler):
 
     def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
         known, unit = {p.number: p for p in done}, region.ceiling - self.base_accuracy
-        siblings: Counter[int | None] = Counter()
-        pairs = []
-        for p in done:
-            if p.parent in known:
-                step = self._as_step(p.move, known[p.parent], p.size, region, siblings)
-                pairs.append((step, (region.ceiling - p.accuracy) / unit))
-                siblings[p.parent] += 1
-        return Forecast(pairs)
+        return Forecast(
+            [
+                (self._as_step(p.move, known[p.parent], p.size, region), (region.ceiling - p.accuracy) / unit)
+                for p in done
+                if p.parent in known
+            ]
+        )
 
-    def _as_step(
-        self, move: str, parent: Point | None, size: float, region: Region, children: Counter[int | None]
-    ) -> Step:
+    def _as_step(self, move: str, parent: Point | None, size: float, region: Region) -> Step:
         assert parent is not None
         level = math.log2(self._default_bytes / parent.size)
         lacking = (region.ceiling - parent.accuracy) / (region.ceiling - self.base_accuracy)
-        return Step(move, math.log2(parent.size / size), level, lacking, children[parent.number])
+        trained, at = 0, parent
+        while at.move == "train" and at.parent in self._points:
+            trained, at = trained + 1, self._points[at.parent]
+        return Step(move, math.log2(parent.size / size), level, lacking, trained, parent.number)
 
     def _rebuild(self, parent: Point, done: Sequence[Point], rng: random.Random) -> Proposal:
         """The parent with another structure of one part."""
         key = rng.choice(self.tried)
         others = [c for c in self.dimensions[key].choices if c != parent.chosen[key] and self._follows(key, parent, c)]
-        chosen = {**parent.chosen, key: rng.choice(others)} if others else dict(parent.chosen)
+        chosen = {**parent.reached, key: rng.choice(others)} if others else parent.reached
         return self._as_it_is("rebuild", chosen, parent, done, rng)
 
     def _crossover(self, larger: Point, smaller: Point, done: Sequence[Point], rng: random.Random) -> Proposal:
         """Each layer from one of two neighbours on the front; weights from the one whose channels allow."""
         pick = {site: rng.random() < 0.5 for site in sorted({d.site for d in self.dimensions.values()})}
-        chosen = {key: (smaller if pick[d.site] else larger).chosen[key] for key, d in self.dimensions.items()}
+        chosen = {key: (smaller if pick[d.site] else larger).reached[key] for key, d in self.dimensions.items()}
         for key, choice in chosen.items():
             if not self._follows(key, larger, choice):
-                chosen[key] = larger.chosen[key]
+                chosen[key] = larger.reached[key]
         return self._as_it_is("cross", chosen, larger, done, rng)
 
     def _as_it_is(
@@ -302,7 +308,7 @@ class FrontierSampler(BaseSampler):
         """A recipe that is not planned: its bytes are what they are."""
         chosen = self._trained(chosen, parent, rng)
         predicted = self.profile.predict(chosen) * self._correction(done, parent, chosen)
-        return Proposal(move, parent, predicted, chosen, predicted)
+        return Proposal(move, parent, predicted, parent.as_asked(chosen), predicted)
 
     # ------------------------------------------------------------ judgement
 
@@ -353,14 +359,14 @@ class FrontierSampler(BaseSampler):
     def _ratio(self, point: Point) -> float:
         """File over predicted bytes."""
         if point.number not in self._ratios:
-            self._ratios[point.number] = point.size / self.profile.predict(point.chosen)
+            self._ratios[point.number] = point.size / self.profile.predict(point.reached)
         return self._ratios[point.number]
 
     def _effects(self, parent: Point | None, rng: random.Random, noise: float) -> dict[str, dict[str, float]]:
         """Effects of the profile, scaled per dimension by what was probed at the parent's weights."""
         out = {}
         for key, base in self.profile.effects.items():
-            present = str(parent.chosen[key]) if parent else None
+            present = str(parent.reached[key]) if parent else None
             zero = base.get(present, 0.0) if present is not None else 0.0
             scale = 1.0
             probed = parent.effects.get(key, {}) if parent else {}
@@ -382,10 +388,10 @@ class FrontierSampler(BaseSampler):
             if parent is None:
                 allowed[key] = d.choices
                 continue
-            at = d.choices.index(parent.chosen[key])
+            at = d.choices.index(parent.reached[key])
             low = at if d.name in ("sparsity", "weights") else 0
-            if both_ways and d.name in ("sparsity", "weights"):
-                low = max(0, at - 1)
+            if low and both_ways and parent.reached[key] == parent.chosen[key]:
+                low -= 1
             high = at + 1 + math.ceil(_REACH * len(d.choices)) if d.name in _PLANNED else len(d.choices)
             near = d.choices[low:high]
             allowed[key] = tuple(choice for choice in near if self._follows(key, parent, choice))
@@ -398,9 +404,9 @@ class FrontierSampler(BaseSampler):
         chosen = dict(chosen)
         for key, d in self._training.items():
             if parent is None:
-                # a price of bits pays from the start: the highest but one
-                priced = len(d.choices) > 1 and trainings()[d.name].penalty(d.choices[-1])
-                chosen[key] = d.choices[-2] if priced else d.choices[0]
+                # a price of bits pays from the start: the middle one
+                priced = trainings()[d.name].penalty(d.choices[-1])
+                chosen[key] = d.choices[len(d.choices) // 2 if priced else 0]
             elif change and rng.random() < min(0.2, 0.8 / len(self._training)):
                 chosen[key] = rng.choice(d.choices)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from autocompress.errors import SamplerError
 from autocompress.front import hypervolume
+from autocompress.recipe import Recipe
 from autocompress.search.profile import Profile
 from autocompress.search.samplers import NAMES, check_sampler, make_sampler
 from autocompress.search.study import SearchStudy
+from autocompress.trial import TrialResult, TrialSpec
 from search.conftest import BASE_ACCURACY, Outcome, drive, folder_of
 
 
@@ -72,6 +75,21 @@ def test_the_walk_goes_from_light_to_heavy_with_lineage(profile: Profile, outcom
         for key, choice in trial.params.items():
             if key.endswith(":channels"):
                 assert choice <= parent.params[key], "removed channels do not come back"
+
+
+def test_a_step_asks_for_more_than_the_weights_have_come_to(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    """In this world every file has 80% zeros, whatever was asked."""
+    keys = [key for key in profile.dimensions if key.endswith(":sparsity")]
+
+    def pruned(spec: TrialSpec) -> TrialResult:
+        chosen = Recipe.from_json(spec.recipe).as_dict()
+        return replace(outcome(spec), reached={key: 0.8 for key in keys if chosen.get(key, 0.0) < 0.8})
+
+    study = study_of(tmp_path, profile, "frontier")
+    drive(study, pruned)
+    asked = [(t, study.get(t.user_attrs["parent"])) for t in study.complete() if t.user_attrs["parent"] is not None]
+    assert all(t.params[key] == parent.params[key] or t.params[key] > 0.8 for t, parent in asked for key in keys)
+    assert any(t.params[key] > 0.8 for t, _ in asked for key in keys)
 
 
 def test_a_target_size_focuses_the_search(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
