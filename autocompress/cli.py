@@ -81,7 +81,7 @@ def search(
     ] = None,
     time_budget: Annotated[
         str | None,
-        typer.Option("--time-budget", help="No trial begins that would end later: 90s, 30m, 1h30m."),
+        typer.Option("--time-budget", help="No trial but the first begins that would end later: 90s, 30m, 1h30m."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed and one worker: same front.")] = 0,
     run: Annotated[

@@ -91,8 +91,8 @@ def search(
     """Search the joint space of `task` and return the front of size and accuracy.
 
     budget: length of the search in whole trials; one that is stopped halfway counts half. By default 50, or
-    with `time_budget` as many as fit. time_budget: seconds, "30m" or "1h30m"; no trial begins that would end
-    later. run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
+    with `time_budget` as many as fit. time_budget: seconds, "30m" or "1h30m"; no trial but the first begins that
+    would end later. run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
     time; by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
     validation accuracy; both focus the search. The same seed with one worker and a budget in trials gives the
     same front.
@@ -391,8 +391,11 @@ class Controller:
             fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
 
     def _late(self) -> bool:
+        """Whether time is up; the first trial runs in any case."""
         assert self.study is not None
-        return self.pace.late([float(trial.user_attrs["seconds"]) for trial in self.study.complete()])
+        return bool(self.study.trials()) and self.pace.late(
+            [float(trial.user_attrs["seconds"]) for trial in self.study.complete()]
+        )
 
     def _keep_pace(self) -> None:
         """With a budget of time alone, that of trials follows."""
