@@ -15,6 +15,7 @@ from torch import Tensor
 from autocompress.artifact import pack
 from autocompress.artifact.container import decode_artifact
 from autocompress.compression import Candidate, ShadowedLayer
+from autocompress.techniques.base import IntegerCoding
 
 
 class RateModel:
@@ -33,7 +34,7 @@ class RateModel:
     def refresh(self) -> None:
         """Take the histograms of the codes as they are now."""
         for name, shadow in self.candidate.layers.items():
-            if shadow.coding.layout(shadow.choice)[0] == 0:
+            if isinstance(shadow.coding, IntegerCoding):
                 magnitude = _magnitude(shadow)
                 top = 1 << shadow.coding.layout(shadow.choice)[1]
                 counts = torch.bincount(magnitude.round().long().flatten(), minlength=top + 1).float() + 0.1
@@ -88,5 +89,6 @@ def _bits(counts: Tensor) -> Tensor:
 
 def _magnitude(shadow: ShadowedLayer) -> Tensor:
     """|weight| in steps, at most the largest code; float32, shape of the layer."""
+    assert isinstance(shadow.coding, IntegerCoding)
     scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned.detach())
     return scaled.abs().clamp_max(1 << shadow.coding.layout(shadow.choice)[1])

@@ -19,7 +19,7 @@ from autocompress.errors import TaskError
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice
 from autocompress.task import Calibration, Task, batch_size, device_of, to_device
-from autocompress.techniques.base import IntegerWeights, TrainingTechnique, trainings
+from autocompress.techniques.base import IntegerCoding, IntegerWeights, TrainingTechnique, trainings
 
 DISTILLATION = 0.5
 """Share of the distillation loss; the rest is the task's own loss."""
@@ -198,6 +198,7 @@ def _settle(task: Task, candidate: Candidate, rate: RateModel, choices: Mapping[
     for technique, choice in active:
         for name, bits in rate.tables.items():
             shadow = candidate.layers[name]
+            assert isinstance(shadow.coding, IntegerCoding)
             with torch.no_grad():
                 scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned)
                 below, above = (_decoded(shadow, codes) for codes in (scaled.floor(), scaled.floor() + 1))

@@ -174,11 +174,6 @@ class Coding(Technique):
         """(exponent, mantissa) bits when codes are the bit patterns of floats; (0, b) when they are
         signed integers of at most 2^b in magnitude."""
 
-    def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        """The weight in units of its integer code, before rounding; differentiable. Only for codings
-        whose `layout` has no exponent."""
-        raise NotImplementedError
-
     @abstractmethod
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         """What the file stores; `decode` of it equals `simulate` bit for bit."""
@@ -195,6 +190,14 @@ class Coding(Technique):
 
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return [layer.name for layer in anatomy.layers]
+
+
+class IntegerCoding(Coding):
+    """A coding whose codes are integers (its `layout` has no exponent), so that their bits can be priced."""
+
+    @abstractmethod
+    def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
+        """The weight in units of its integer code, before rounding; differentiable."""
 
 
 @dataclass(frozen=True)

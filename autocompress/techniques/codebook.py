@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from autocompress.recipe import Choice
-from autocompress.techniques.base import Coded, Coding, register, straight_through
+from autocompress.techniques.base import Coded, IntegerCoding, register, straight_through
 
 _SIZES = (256, 128, 64, 32, 16, 8, 4)
 _SAMPLE = 16384
 
 
-class Codebook(Coding):
+class Codebook(IntegerCoding):
     """Learned parameters: the k - 1 values that are not zero, kept as bfloat16 in the file."""
 
     tag = 3

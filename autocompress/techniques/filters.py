@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from autocompress.recipe import Choice
-from autocompress.techniques.base import Coded, Coding, register
+from autocompress.techniques.base import Coded, IntegerCoding, register
 from autocompress.techniques.integers import Integers
 
 _INTEGERS, _FORMAT = Integers(), "int4"
 
 
-class Filters(Coding):
+class Filters(IntegerCoding):
     """Learned parameters: that of the int4 coding, then for each row the number of its filter (fixed)."""
 
     tag = 4

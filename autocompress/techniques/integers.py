@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autocompress.recipe import Choice
-from autocompress.techniques.base import Coded, Coding, register, straight_through
+from autocompress.techniques.base import Coded, IntegerCoding, register, straight_through
 from autocompress.techniques.clipping import FRACTIONS, clip_range
 
 _WIDTHS = range(8, 1, -1)
@@ -41,7 +41,7 @@ def step_of(logarithm: Tensor, dimensions: int) -> Tensor:
     return step if len(step) == 1 else step.view(-1, *[1] * (dimensions - 1))
 
 
-class Integers(Coding):
+class Integers(IntegerCoding):
     """The learned parameters are log2 of the steps, so that they need no scale of their own."""
 
     tag = 1

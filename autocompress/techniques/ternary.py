@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from autocompress.recipe import Choice
-from autocompress.techniques.base import Coded, Coding, register, straight_through
+from autocompress.techniques.base import Coded, IntegerCoding, register, straight_through
 from autocompress.techniques.integers import on_grid, step_of
 
 _THRESHOLD = 0.7
 
 
-class Ternary(Coding):
+class Ternary(IntegerCoding):
     """Learned parameters: log2 of the scale of positive and of negative weights (binary: of both)."""
 
     tag = 2
