@@ -3,6 +3,7 @@
 A proxy that is measured without training cannot tell what fine-tuning makes good for; the pairs of a search can.
 Bayesian linear regression with a conjugate prior (Gelman et al., 2013, chapter 14): how much more or less a child
 lacks in accuracy than its parent, on the step that was taken. The prior is what is believed before the first pair.
+Children of one parent have part of what they are off by in common.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from autocompress.recipe import Choice
 from autocompress.search.profile import Floats
 
 Pair = tuple[Mapping[str, Choice], Mapping[str, Choice], float]
-MOVES = ("step", "train", "cross", "rebuild")
-"""Plan a smaller recipe; train on; cross with a neighbour; change the structure of one part."""
 _BELIEF = (0.0, 0.3, 0.2, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.1, -0.07)
 """Coefficients: half the bytes cost half as much again, more the smaller the model; training on wins the more, the
 more is lacking, and less each time."""
 _SCATTER = {"step": 0.3, "train": 0.1, "cross": 0.15, "rebuild": 0.3}
-"""Deviation from it that is expected of a child, by its move."""
+"""Deviation from it that is expected of a child, by its move: plan a smaller recipe; train on; cross with a neighbour;
+change the structure of one part."""
+MOVES = tuple(_SCATTER)
 _DOUBT, _TRUST, _SHARED = 0.3, 3.0, 0.5
 """Deviation of a coefficient; pairs that the scatter of a move counts as; share of its variance that all children of a
 parent have in common: an accuracy that was good luck is not inherited."""
@@ -60,33 +61,20 @@ class Forecast:
         x = np.array([step.features() for step, _ in latest]).reshape(-1, len(belief))
         y = np.array([math.log(lacked / step.lacking) for step, lacked in latest]) - x @ belief
         moves = np.array([MOVES.index(step.move) for step, _ in latest], np.intp)
-        parents, of, counts = np.unique([step.parent for step, _ in latest], return_inverse=True, return_counts=True)
-        own = (1 - _SHARED) / (1 - _SHARED + _SHARED * counts)
-        prior = np.array([_SCATTER[move] for move in MOVES])
-        self._scatter = prior
-
-        def mean(values: Floats) -> Floats:
-            return np.bincount(of, values, len(parents)) / counts
-
-        def independent(values: Floats) -> Floats:
-            """In units of its move's scatter and less what siblings have in common (Swamy and Arora, 1972)."""
-            values = values / self._scatter[moves]
-            left: Floats = (values - ((1 - np.sqrt(own)) * mean(values))[of]) / math.sqrt(1 - _SHARED)
-            return left
-
+        siblings = _Siblings([step.parent for step, _ in latest])
+        prior = self._scatter = np.array([*_SCATTER.values()])
         for _ in range(2):
-            alone, left = np.stack([independent(column) for column in x.T], 1), independent(y)
+            unit = self._scatter[moves]
+            alone, left = siblings.alone(x / unit[:, None]), siblings.alone(y / unit)
             self._covariance = np.linalg.inv(alone.T @ alone + np.eye(len(belief)) / _DOUBT**2)
             learned = self._covariance @ (alone.T @ left)
             off = y - x @ learned
+            self._parents = siblings.in_common(off / unit)
             better = off < 0  # a child that failed altogether tells nothing of how much better others may be
             squares = np.bincount(moves[better], off[better] ** 2, len(MOVES))
             known = np.bincount(moves[better], minlength=len(MOVES))
-            common = (1 - own) * mean(off / self._scatter[moves])
             self._scatter = np.sqrt((_TRUST * prior**2 + squares) / (_TRUST + known))
         self._coefficients = belief + learned
-        self._parents = dict(zip(parents.tolist(), zip(common, 1 - _SHARED + _SHARED * own, strict=True), strict=True))
-        """Number of a parent -> (what its children differ by, share of the variance that is left)."""
 
     def __call__(self, steps: Sequence[Step]) -> tuple[Floats, Floats]:
         """(mean, deviation), float64 [n]: of the logarithm of what each child's accuracy will lack."""
@@ -95,6 +83,33 @@ class Forecast:
         common, left = np.array([self._parents.get(step.parent, (0.0, 1.0)) for step in steps]).T
         mean = np.log([step.lacking for step in steps]) + x @ self._coefficients + scatter * common
         return mean, np.sqrt(scatter**2 * left + ((x @ self._covariance) * x).sum(1))
+
+
+class _Siblings:
+    """Children by the numbers of their parents: random effects, of a known share of the variance (Swamy and Arora,
+    1972)."""
+
+    def __init__(self, parents: Sequence[int]) -> None:
+        self._parents, self._of, self._counts = np.unique(parents, return_inverse=True, return_counts=True)
+        self._own = (1 - _SHARED) / (1 - _SHARED + _SHARED * self._counts)
+        """Share of the variance of a parent's mean child that is not in common."""
+
+    def alone(self, values: Floats) -> Floats:
+        """float64, as `values` ([n] or [n, k]): less what siblings have in common, so independent of each other."""
+        shares = (1 - np.sqrt(self._own)).reshape(-1, *[1] * (values.ndim - 1))
+        left: Floats = (values - (shares * self._mean(values))[self._of]) / math.sqrt(1 - _SHARED)
+        return left
+
+    def in_common(self, off: Floats) -> dict[int, tuple[float, float]]:
+        """Number of a parent -> (what its children are off by, share of the variance that is left)."""
+        common, left = (1 - self._own) * self._mean(off), 1 - _SHARED + _SHARED * self._own
+        return dict(zip(self._parents.tolist(), zip(common.tolist(), left.tolist(), strict=True), strict=True))
+
+    def _mean(self, values: Floats) -> Floats:
+        total = np.zeros((len(self._counts), *values.shape[1:]))
+        np.add.at(total, self._of, values)
+        mean: Floats = total / self._counts.reshape(-1, *[1] * (values.ndim - 1))
+        return mean
 
 
 class BytesForecast:
