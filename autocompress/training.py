@@ -139,7 +139,7 @@ def fine_tune(
             optimizer.zero_grad()
             torch.autograd.backward(scaler.scale(loss))
             candidate.backpropagate()
-            if penalty:
+            if penalty and rate.tables:  # floats alone have nothing to be priced
                 torch.autograd.backward(scaler.scale(penalty * rate.bits().clamp_min(1.0).log2()))
             scaler.step(optimizer)
             scaler.update()

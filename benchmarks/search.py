@@ -1,6 +1,7 @@
 """Frontier search against Optuna's samplers: the same trials, the same fine-tuning, the same reference point.
 
-    python -m benchmarks.search [--data ../shared/data] [--task digits] [--only METHOD ...] [--seeds 5] [--table]
+    python -m benchmarks.search [--data ../shared/data] [--task digits] [--only METHOD ...] [--seeds 5]
+    python -m benchmarks.search --table | --markdown | --plot FILE
 
 Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number
 of epochs. Optuna's samplers start every trial from the original's weights. Ours knows its budget: it has a run of 10,
@@ -33,6 +34,7 @@ from typing import Any
 
 import optuna
 import torch
+from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
 from rich.box import HEAVY_HEAD, MARKDOWN, Box
@@ -62,7 +64,7 @@ RATIOS = {"digits": 150, "lenet_300_100": 250, "digit_rows": 40}
 BUDGET, LONG = 50, 400
 DIGITS = string.digits + string.ascii_lowercase
 """How the choice of a dimension is recorded: its place among the dimension's choices."""
-AT = (10, 25, 50, 400)
+AT = (10, 25, 50, 200, 400)
 
 
 Method = Callable[[ac.Profile, int, float, int, float], BaseSampler]
@@ -232,6 +234,25 @@ def table(title: str, tasks: list[str], measured: Callable[[dict[str, Any], int]
     return shown
 
 
+def draw(tasks: list[str], path: Path) -> None:
+    """Hypervolume over trials, a panel for each task: the median run of each method's longest budget."""
+    figure = Figure(figsize=(4 * len(tasks), 3.4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for method in ("frontier", *OPTUNA):
+            longest = max((count for count in AT if recorded(task, method, count)), default=None)
+            if longest:
+                runs = [[area(run, n + 1) for n in range(longest)] for run in recorded(task, method, longest)]
+                middle = [statistics.median(at) for at in zip(*runs, strict=True)]
+                axes.plot(
+                    range(1, longest + 1), middle, label=f"{method} ({len(runs)})", lw=2 if method == "frontier" else 1
+                )
+        axes.set(xscale="log", xlabel="trials", title=task, ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("hypervolume")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with mnist/")
@@ -240,13 +261,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--table", action="store_true", help="print the results there are")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there are (.png, .svg)")
     parser.add_argument("--markdown", action="store_true", help="the same, for docs/benchmarks.md")
     given = parser.parse_args()
     if given.data:
         os.environ["AUTOCOMPRESS_DATA"] = given.data
     out = Console(width=140)
     tasks = given.task or [*TASKS]
-    if not (given.table or given.markdown):
+    if given.plot:
+        draw(tasks, given.plot)
+    if not (given.table or given.markdown or given.plot):
         wanted = [job for job in jobs(tasks, given.only or [*METHODS], given.seeds) if not path_of(job).is_file()]
         with multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=1) as pool:
             for number, _ in enumerate(pool.imap_unordered(run_job, wanted), 1):

@@ -69,6 +69,12 @@ def test_a_rate_penalty_makes_the_file_smaller() -> None:
     assert sizes[1] < 0.95 * sizes[0]
 
 
+def test_a_price_of_bits_leaves_a_model_of_floats_alone() -> None:
+    task = small_digits()
+    candidate = candidate_of(task, {"1:weights": "float16", "model:rate_penalty": 1})
+    assert [*fine_tune(task, candidate, task.build(), 1)] == [1]
+
+
 @pytest.mark.parametrize("choice", ["float16", "int8", "int4", "int2"])
 def test_the_rate_model_is_within_three_percent(choice: str) -> None:
     task = small_digits()

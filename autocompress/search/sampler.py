@@ -48,7 +48,7 @@ _USEFUL, _UNIT = 0.06, 0.05
 lies above the best accuracy."""
 _PLANNED = ("channels", "sparsity", "weights")
 """Dimensions that step from one choice to the next."""
-_REACH = 0.35
+_REACH = 0.2
 """Share of its levels that one dimension may move in one step."""
 
 
