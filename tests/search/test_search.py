@@ -29,18 +29,14 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]))
 
 
-@pytest.mark.parametrize("seconds", [1, 16])
-def test_a_time_budget_ends_the_search_and_sets_its_pace(seconds: int, tmp_path: Path) -> None:
-    """With half a second a trial, fifty do not fit; what fits is told as the budget. One always runs."""
+def test_a_time_budget_ends_the_search_after_one_trial_at_least(tmp_path: Path) -> None:
     seen: list[ac.Progress] = []
-    front = ac.search(
-        mini.slow_task(), time_budget=f"{seconds}s", run=tmp_path / "run", workers=2, listener=seen.append
-    )
+    front = ac.search(mini.slow_task(), time_budget="1s", run=tmp_path / "run", workers=2, listener=seen.append)
     assert len(front) >= 1
     assert 1 <= seen[-1].done < 50
     assert seen[-1].budget < 50
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (config["time_budget_seconds"], config["paced"]) == (seconds, True)
+    assert (config["time_budget_seconds"], config["paced"]) == (1, True)
 
 
 def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
