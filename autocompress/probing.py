@@ -141,10 +141,11 @@ def _stored(shadow: ShadowedLayer, dimension: str, choice: Choice) -> Tensor:
 
 
 @torch.no_grad()
-def masks_nothing(candidate: Candidate, site: str, dimension: str, choice: Choice) -> bool:
-    """Whether the stored weights of a layer already have all the zeros that this choice of a masking asks."""
+def already_met(candidate: Candidate, site: str, dimension: str, choices: Sequence[Choice]) -> list[Choice]:
+    """The first of these choices of a masking, as many as the stored weights of the layer have the zeros of."""
     weights = [shadow.effective() for shadow in candidate.layers.values() if shadow.site == site]
-    return all(bool(maskings()[dimension].mask(weight, choice)[weight != 0].all()) for weight in weights)
+    mask = maskings()[dimension].mask
+    return [*itertools.takewhile(lambda choice: all(mask(w, choice)[w != 0].all() for w in weights), choices)]
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from autocompress.compression import Candidate, activation_modules
 from autocompress.probing import (
     Prober,
     all_effects,
+    already_met,
     layer_bytes,
-    masks_nothing,
     needed_choices,
     vector_bytes,
     weights_left,
@@ -243,13 +243,10 @@ class Workshop:
             if d.name not in ("weights", "sparsity", "channels", "structure"):
                 continue
             at = d.choices.index(present[d.key]) if present[d.key] in d.choices else -1
-            first = at
-            while d.name in maskings() and at + 1 < len(d.choices):
-                if not masks_nothing(candidate, d.site, d.name, d.choices[at + 1]):
-                    break
-                at += 1
-            if at > first:
-                reached[d.key] = d.choices[at]
-            if at + 1 < len(d.choices):
-                beyond[d.key] = [d.choices[at + 1]]
+            heavier = d.choices[at + 1 :]
+            met = already_met(candidate, d.site, d.name, heavier) if d.name in maskings() else []
+            if met:
+                reached[d.key] = met[-1]
+            if len(met) < len(heavier):
+                beyond[d.key] = [heavier[len(met)]]
         return reached, beyond

@@ -344,7 +344,7 @@ class Controller:
             self.settings["min_accuracy"],
         )
         self.study = SearchStudy(self.folder, self.space, self.budget, self.sampler)
-        self.results = Results(self.folder, self.task, self.rules.name, self.seed, self.base, self.study)
+        self.results = Results(self.workshop, self.rules.name, self.base, self.study)
         try:
             self.study.recover()
             if self.study.remaining() > 0:

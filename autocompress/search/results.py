@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -12,18 +11,16 @@ from autocompress.artifact import load, write_file
 from autocompress.errors import RunError
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
 from autocompress.search.study import SearchStudy
-from autocompress.task import Task, measure
-from autocompress.trial import ARTIFACT, CHECKPOINT, RECIPE
+from autocompress.task import measure
+from autocompress.trial import ARTIFACT, CHECKPOINT, RECIPE, Workshop
 
 
 @dataclass(frozen=True)
 class Results:
-    """Of the run in `folder`; base: the original's file and accuracies."""
+    """space: its name. base: the original's file and accuracies."""
 
-    folder: Path
-    task: Task
+    workshop: Workshop
     space: str
-    seed: int
     base: Base
     study: SearchStudy
 
@@ -34,18 +31,19 @@ class Results:
         keep |= {trial.number for trial in self._members()}
         for trial in self.study.complete():
             if trial.number not in keep:
-                (self._trial(trial) / CHECKPOINT).unlink(missing_ok=True)
+                (self.workshop.trial_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
 
     def final_front(self) -> ParetoFront:
         """The front with its test accuracies, written and drawn. Raises RunError when no trial finished."""
+        folder = self.workshop.folder
         if not self.study.complete():
             failed = [t for t in self.study.trials() if t.user_attrs.get("error")]
             last = failed[-1].user_attrs["error"].strip().splitlines()[-1] if failed else "no trial finished"
-            raise RunError(f"every trial of run {str(self.folder)!r} failed; the last one said: {last}")
+            raise RunError(f"every trial of run {str(folder)!r} failed; the last one said: {last}")
         front = self._front(final=True)
         self._write(front)
         for suffix in ("png", "svg"):
-            front.plot(self.folder / f"front.{suffix}")
+            front.plot(folder / f"front.{suffix}")
         return front
 
     def _members(self) -> list[FrozenTrial]:
@@ -53,28 +51,26 @@ class Results:
         done = self.study.complete()
         return [done[i] for i in non_dominated([(t.values[0], t.values[1]) for t in done])]
 
-    def _trial(self, trial: FrozenTrial) -> Path:
-        return self.folder / "trials" / str(trial.number)
-
     def _front(self, final: bool) -> ParetoFront:
         """`final` measures the test split, once, on the decoded files."""
-        points = []
+        task, folder, points = self.workshop.task, self.workshop.folder, []
         for trial in self._members():
-            path = self._trial(trial) / ARTIFACT
+            place = self.workshop.trial_folder(trial.number)
+            path = place / ARTIFACT
             points.append(
                 FrontPoint(
                     trial.number,
                     path.stat().st_size,
                     trial.values[1],
-                    measure(self.task, load(path, self.task.build), "test") if final else None,
-                    path.relative_to(self.folder).as_posix(),
-                    json.loads((self._trial(trial) / RECIPE).read_text()),
+                    measure(task, load(path, task.build), "test") if final else None,
+                    path.relative_to(folder).as_posix(),
+                    json.loads((place / RECIPE).read_text()),
                     trial.user_attrs.get("parent"),
                     round(float(trial.user_attrs["seconds"]), 3),
-                    self.folder,
+                    folder,
                 )
             )
-        return ParetoFront(self.task.name, self.space, self.seed, self.base, tuple(points), self.folder)
+        return ParetoFront(task.name, self.space, self.workshop.seed, self.base, tuple(points), folder)
 
     def _write(self, front: ParetoFront) -> None:
-        write_file(self.folder / FRONT_FILE, (json.dumps(front.to_json(), indent=1) + "\n").encode())
+        write_file(self.workshop.folder / FRONT_FILE, (json.dumps(front.to_json(), indent=1) + "\n").encode())

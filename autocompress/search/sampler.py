@@ -72,6 +72,8 @@ class Point:
         self.effects: dict[str, dict[str, float]] = trial.user_attrs.get("effects", {})
         self.parent: int | None = trial.user_attrs.get("parent")
         self.move: str = trial.user_attrs.get("move", MOVES[0])
+        self.trained = 0
+        """How often it was trained on, one time after the other."""
 
     def as_asked(self, chosen: Mapping[str, Choice]) -> dict[str, Choice]:
         """A child's choices; what the weights came to by themselves need not be asked of them."""
@@ -151,7 +153,9 @@ class FrontierSampler(BaseSampler):
         trials = study.get_trials(deepcopy=False)
         for finished in trials:
             if finished.state == TrialState.COMPLETE and finished.number not in self._points:
-                self._points[finished.number] = Point(finished, self.dimensions)
+                point = self._points[finished.number] = Point(finished, self.dimensions)
+                if point.move == "train" and point.parent in self._points:
+                    point.trained = self._points[point.parent].trained + 1
         done = [self._points[number] for number in sorted(self._points)]
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
         rng = random.Random(f"{self.seed} {trial.number}")
@@ -281,10 +285,7 @@ class FrontierSampler(BaseSampler):
         assert parent is not None
         level = math.log2(self._default_bytes / parent.size)
         lacking = (region.ceiling - parent.accuracy) / (region.ceiling - self.base_accuracy)
-        trained, at = 0, parent
-        while at.move == "train" and at.parent in self._points:
-            trained, at = trained + 1, self._points[at.parent]
-        return Step(move, math.log2(parent.size / size), level, lacking, trained, parent.number)
+        return Step(move, math.log2(parent.size / size), level, lacking, parent.trained, parent.number)
 
     def _rebuild(self, parent: Point, done: Sequence[Point], rng: random.Random) -> Proposal:
         """The parent with another structure of one part."""
