@@ -124,7 +124,7 @@ def digits() -> Task:
         val=validation(),
         test=[(images[SPLIT["test"]], labels[SPLIT["test"]])],
         pretrain=pretrain,
-        epochs=12,
+        epochs=8,
         learning_rate=6e-3,
         name="digits",
     )
