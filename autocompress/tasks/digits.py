@@ -124,7 +124,7 @@ def digits() -> Task:
         val=validation(),
         test=[(images[SPLIT["test"]], labels[SPLIT["test"]])],
         pretrain=pretrain,
-        epochs=8,
+        epochs=12,
         learning_rate=6e-3,
         name="digits",
     )
