@@ -9,7 +9,7 @@ interpolated between codes: a gap that pruning left is no wall, and every step t
 from __future__ import annotations
 
 import torch
-from sklearn.isotonic import isotonic_regression
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from autocompress.artifact import pack
@@ -40,8 +40,8 @@ class RateModel:
                 counts = torch.bincount(magnitude.round().long().flatten(), minlength=top + 1).float() + 0.1
                 counts[1:] /= 2  # of each sign
                 self.tables[name] = _bits(counts)
-                falling = isotonic_regression(counts.cpu().numpy(), increasing=False)
-                self._falling[name] = _bits(torch.from_numpy(falling).to(counts))
+                falling = isotonic_regression(counts.cpu().numpy(), increasing=False).x
+                self._falling[name] = _bits(torch.from_numpy(falling.copy()).to(counts))
 
     @torch.no_grad()
     def calibrate(self) -> None:

@@ -6,6 +6,7 @@ import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["COLUMNS"] = "100"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

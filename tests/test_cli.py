@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from autocompress import __version__
+from autocompress.cli import main
 
 TESTS = str(Path(__file__).parent)
 
@@ -19,18 +22,35 @@ TESTS = str(Path(__file__).parent)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one finished run, runs/demo, made by the command itself."""
     folder = tmp_path_factory.mktemp("cli")
-    done = cli(folder, "search", "--task", "mini:task", "--budget", "6", "--run", "demo")
+    done = process(folder, "search", "--task", "mini:task", "--budget", "6", "--run", "demo")
     assert done.returncode == 0, done.stderr
     (folder / "search.out").write_text(done.stdout)
     (folder / "search.err").write_text(done.stderr)
     return folder
 
 
-def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "autocompress", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has imported everything already."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["autocompress", *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        else:
+            code = 0
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def front_of(place: Path) -> dict[str, list[dict[str, object]]]:
@@ -102,13 +122,19 @@ def test_inspect_and_spaces(place: Path) -> None:
 
 
 def test_resume_with_a_larger_budget(place: Path) -> None:
-    done = cli(place, "search", "--resume", "demo", "--budget", "7", "--json")
+    done = process(place, "search", "--resume", "demo", "--budget", "7", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     printed = json.loads(done.stdout)
     assert printed.pop("run") == "runs/demo"
     assert printed == front_of(place)
     assert len(list((place / "runs" / "demo" / "trials").iterdir())) == 7
+
+
+def test_a_process_of_its_own_exits_the_same(place: Path) -> None:
+    for arguments in (["show", "nothing"], ["show", "demo"]):
+        alone, here = process(place, *arguments), cli(place, *arguments)
+        assert (alone.returncode, alone.stdout, alone.stderr) == (here.returncode, here.stdout, here.stderr)
 
 
 def test_version_and_help() -> None:
