@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.recipe import Choice
 from autocompress.search.profile import Floats, Profile
@@ -20,6 +21,8 @@ from autocompress.search.profile import Floats, Profile
 Effects = Mapping[str, Mapping[str, float]]
 Allowed = Mapping[str, tuple[Choice, ...]]
 _SWEEPS, _HALVINGS, _HIGHEST = 3, 20, 1e6
+_CLOSE = 0.002
+"""Share of the target that is left to be filled."""
 
 
 def plan(
@@ -37,10 +40,13 @@ def plan(
     best = knapsack.copy()
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5 if low else high / 2
-        if knapsack.pick(middle) > target_bytes:
+        left = target_bytes - knapsack.pick(middle)
+        if left < 0:
             low = middle
         else:
             high, best = middle, knapsack.copy()
+            if left <= _CLOSE * target_bytes:
+                break
     best.fill(target_bytes)
     return best.chosen()
 
@@ -70,6 +76,7 @@ class _Knapsack:
                     self.place[key] = int(costs.argmin())
         self.combination = profile.combinations(start)
         self.scale = profile.scale(start)
+        self.scalers = _Stacked(profile, self.effects)
 
     def copy(self) -> _Knapsack:
         twin: _Knapsack = object.__new__(_Knapsack)
@@ -94,7 +101,10 @@ class _Knapsack:
             before = self.combination, dict(self.place)
             self.combination = (self.effect + price * self.scale[:, None] * self.bytes).argmin(1)
             now = self.bytes[self.rows, self.combination] * self.scale
-            for key, scaler in self.profile.scalers.items():
+            present = self.scalers.present(self.place)
+            costs = self.scalers.effects + price * self.scalers.bytes(present, now)
+            for i in np.flatnonzero(costs.argmin(1) != present):
+                key, scaler = self.scalers.keys[i], self.profile.scalers[self.scalers.keys[i]]
                 factors = scaler.factors / scaler.factors[self.place[key]]
                 self._move(key, int((self.effects[key] + price * (factors @ now[scaler.rows])).argmin()), now)
             if self.place == before[1] and np.array_equal(self.combination, before[0]):
@@ -118,20 +128,43 @@ class _Knapsack:
             more = self.bytes * self.scale[:, None] - now[:, None]
             worth = _worth(gain, more, room)
             row, combination = np.unravel_index(worth.argmax(), worth.shape)
-            best, change = float(worth[row, combination]), (int(row), int(combination))
-            moved: tuple[str, int] | None = None
-            for key, scaler in self.profile.scalers.items():
-                costs, present = self.effects[key], self.place[key]
-                extra = (scaler.factors / scaler.factors[present] - 1) @ now[scaler.rows]
-                worth = _worth(costs[present] - costs, extra, room)
-                if worth.max() > best:
-                    best, moved = float(worth.max()), (key, int(worth.argmax()))
-            if best <= 0:
+            best = float(worth[row, combination])
+            present = self.scalers.present(self.place)
+            costs, spent, each = self.scalers.effects, self.scalers.bytes(present, now), np.arange(len(present))
+            worth = _worth(costs[each, present][:, None] - costs, spent - spent[each, present][:, None], room)
+            if max(best, worth.max(initial=0.0)) <= 0:
                 return
-            if moved:
-                self._move(*moved, now)
+            if worth.max(initial=0.0) > best:
+                scaler, place = np.unravel_index(worth.argmax(), worth.shape)
+                self._move(self.scalers.keys[scaler], int(place), now)
             else:
-                self.combination[change[0]] = change[1]
+                self.combination[row] = combination
+
+
+class _Stacked:
+    """All scalers in one array, a line for each pair of a scaler and a row that it scales. factors: float64
+    [pairs, choices]. effects: float64 [scalers, choices]; infinite beyond the choices of a scaler."""
+
+    def __init__(self, profile: Profile, effects: Mapping[str, Floats]) -> None:
+        self.keys, scalers = [*profile.scalers], [*profile.scalers.values()]
+        choices = max((len(s.factors) for s in scalers), default=0)
+        self.rows = np.concatenate([np.zeros(0, np.intp), *(s.rows for s in scalers)])
+        self.of = np.repeat(np.arange(len(scalers)), [len(s.rows) for s in scalers])
+        self.first = np.searchsorted(self.of, np.arange(len(scalers)))
+        self.factors, self.effects = np.ones((len(self.rows), choices)), np.full((len(scalers), choices), np.inf)
+        for i, (key, scaler) in enumerate(profile.scalers.items()):
+            self.factors[self.of == i, : len(scaler.factors)] = scaler.factors.T
+            self.effects[i, : len(scaler.factors)] = effects[key]
+
+    def present(self, place: Mapping[str, int]) -> NDArray[np.intp]:
+        """int [scalers]: the choice that each has."""
+        return np.array([place[key] for key in self.keys], np.intp)
+
+    def bytes(self, present: NDArray[np.intp], now: Floats) -> Floats:
+        """float64 [scalers, choices]: of the rows that each scales, by its choice. now: bytes [rows]."""
+        unscaled = now[self.rows] / self.factors[np.arange(len(self.rows)), present[self.of]]
+        spent: Floats = np.add.reduceat(self.factors * unscaled[:, None], self.first)
+        return spent
 
 
 def _worth(gain: Any, more: Any, room: float) -> Any:
