@@ -211,7 +211,8 @@ class CoderState:
         return stream[: max(len(stream.rstrip(b"\0")), len(stream) - 4)]
 
 
-# with their types given, these are compiled once and not for each mixture of integer types that they are called with
+# with their types given, these are compiled once and not for each mixture of integer types that they are called with;
+# all that is left of speed is in `_mixed`, which LLVM must be told to inline
 @njit("void(i8[::1], u1[::1])", cache=True)
 def _shift_low(rc: Array, buffer: Array) -> None:
     """Write the settled top byte; carries run through the pending 0xFF bytes (as in LZMA)."""
@@ -286,7 +287,7 @@ def _direct(mode: int, rc: Array, buffer: Array, memory: Array, slot: int, bit: 
     return bit
 
 
-@njit(cache=True)
+@njit("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8[::1], i8, i8, i8, i8[::1])", cache=True, forceinline=True)
 def _mixed(
     mode: int,
     rc: Array,
