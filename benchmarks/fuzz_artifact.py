@@ -52,6 +52,8 @@ def samples() -> list[bytes]:
         plans["steps"] = Plan(torch.arange(3), "float32")
         plans["constant"] = Plan(torch.full((3, 4), 0.5), "float32")
         out.append(encode_artifact(plans, Recipe.of({"block0.conv:activation_bits": 8, "act:activation": "relu"})))
+    low_rank = torch.randn(40, 1) @ torch.randn(1, 32) + 0.1 * torch.randn(40, 32)
+    out.append(encode_artifact({"fc.weight": Plan(low_rank, "int3", torch.tensor([-1.0]))}, Recipe()))
     out.append(encode_artifact({}, Recipe()))
     return out
 

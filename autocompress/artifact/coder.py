@@ -10,6 +10,9 @@ range coder writes the bit. The contexts know
   that reads an image;
 - a linear prediction from four neighbours whose coefficients are learned on the way (normalised least
   mean squares, Widrow and Hoff, 1960);
+- factors: trained matrices are near ones of low rank, so a code is also foretold by the product of two vectors of
+  32, one of its row and one of its column, learned on the way (online matrix factorisation, as Oja, 1982, and
+  Koren et al., 2009); the linear prediction weighs it as a fifth neighbour;
 - the mean of the column and of the row, with sign; the place within the kernel.
 
 No tables are stored, so a tensor of 500 weights costs little more than its information. All arithmetic
@@ -37,11 +40,13 @@ class Scan(NamedTuple):
     """How a matrix of codes is walked.
 
     kernel: columns that belong to one input channel. width: distance in columns to the neighbour above,
-    within a kernel when there is one; 0 when there is none.
+    within a kernel when there is one; 0 when there is none. factors: whether each code is also predicted
+    from two vectors, one of its row and one of its column.
     """
 
     kernel: int = 1
     width: int = 0
+    factors: bool = False
 
 
 # --- tables; the logistic domain is in 1/256 nat ---
@@ -99,6 +104,12 @@ _SIZE = _W_NONE + 8
 _FRESH = 1 << 29
 _SEEN = 7
 _LIMIT = 1020
+
+# --- factors of rows and columns, in 2^-16 ---
+RANK = 32
+_ROW_RATE, _COLUMN_RATE = round(0.1 * 65536), round(0.5 * 65536)
+_FAR = 1 << 16
+"""The largest prediction that is believed, in 2^-8 of a code."""
 
 # --- text ---
 _ORDERS = 6
@@ -160,7 +171,8 @@ class CoderState:
         else:
             means = np.zeros((2, columns), np.int32)
             sizes = (rows, columns, scan.kernel, scan.width, mantissa)
-            _code(self.mode, flat, sizes, self.memory, self.range, self.buffer, means[0], means[1])
+            factors = np.zeros((1 + columns * scan.factors, RANK), np.int32)
+            _code(self.mode, flat, sizes, self.memory, self.range, self.buffer, means[0], means[1], factors)
 
     def code_text(self, text: Array) -> None:
         """Encode bytes uint8 [n], or fill them by decoding; the model knows `DICTIONARY` beforehand."""
@@ -330,6 +342,44 @@ def _near(value: int, unit: int) -> int:
     return 3 - level if value < 0 else 3 + level
 
 
+@njit("i8(i4[:, ::1], i8)", cache=True)
+def _product(factors: Array, line: int) -> int:
+    """Of the factors of the present row, which stand in line 0, and of those of a column; in 2^-32."""
+    total = 0
+    for k in range(RANK):
+        total += factors[0, k] * factors[line, k]
+    return total
+
+
+@njit("void(i4[:, ::1], i8, i8, i8)", cache=True)
+def _add(factors: Array, to: int, line: int, times: int) -> None:
+    """Add a multiple, in 2^-16, of one line to another."""
+    for k in range(RANK):
+        factors[to, k] += (times * factors[line, k] + 32768) >> 16
+
+
+@njit("i8(i4[:, ::1], i8)", cache=True)
+def _row_rate(factors: Array, line: int) -> int:
+    """How far the factors of a row follow an error at this column, in 2^-16."""
+    norm = 0
+    for k in range(RANK):
+        norm += factors[line, k] * factors[line, k]
+    return (_ROW_RATE << 16) // (32768 + max(norm >> 16, 0))
+
+
+@njit("void(i4[:, ::1], i4[::1], i8[::1], i8, i8)", cache=True)
+def _learn_columns(factors: Array, row: Array, rates: Array, energy: int, count: int) -> None:
+    """After a row: the factors of the columns follow its errors (normalised least mean squares, in turn with those
+    of the row), and the row's begin anew. energy: sum of the squares of the `count` codes so far."""
+    norm = _product(factors, 0)
+    rate = (_COLUMN_RATE << 16) // ((energy << 15) // count + max(norm >> 16, 0) + 1)
+    for c in range(len(row)):
+        error = (row[c] << 16) - (_product(factors, c + 1) >> 16)
+        _add(factors, c + 1, 0, (error * rate) >> 16)
+        rates[c] = _row_rate(factors, c + 1)
+    factors[0] = 0
+
+
 @njit(cache=True)
 def _code(
     mode: int,
@@ -340,8 +390,10 @@ def _code(
     buffer: Array,
     column_size: Array,
     column_mean: Array,
+    factors: Array,
 ) -> None:
-    """Integers. Running means are in 2^-fine of a code, their levels in half octaves."""
+    """Integers. Running means are in 2^-fine of a code, their levels in half octaves. factors: int32
+    [1 + columns, RANK], or of one line: none."""
     rows, columns, kernel, width, mantissa = sizes
     slots = np.zeros(8, np.int64)
     stretched = np.zeros(8, np.int64)
@@ -351,7 +403,17 @@ def _code(
     tensor_size = (3 << fine) // 10  # mean magnitude of all codes
     nonzero_size = 1 << fine  # ... of those that are not zero
     nonzeros = 0
-    l0, l1, l2, l3 = 6554, 0, 5243, 0  # coefficients of the linear prediction, in 2^-16
+    l0, l1, l2, l3, l4 = 6554, 0, 5243, 0, 65536  # coefficients of the linear prediction, in 2^-16
+    factored = len(factors) > 1
+    rates = np.zeros(columns, np.int64)
+    squares = 0
+    if factored:
+        seed = 1
+        for c in range(columns):
+            for k in range(RANK):
+                seed = (seed * 1103515245 + 12345) & 0x7FFFFFFF
+                factors[c + 1, k] = (seed >> 17) - 8192
+            rates[c] = _row_rate(factors, c + 1)
     zero_weights = _W_ZERO + 8 * (kernel > 1)
     at = -1
     for r in range(rows):
@@ -391,8 +453,11 @@ def _code(
             linear = 7
             energy = west * west + west2 * west2 + north * north + northwest * northwest
             unit = max(tensor_size >> shift, 1)
-            if energy:
-                prediction = (l0 * west + l1 * west2 + l2 * north + l3 * northwest) >> 8
+            product = 0
+            if factored:
+                product = min(max(_product(factors, c + 1) >> 24, -_FAR), _FAR)
+            if energy or product:
+                prediction = ((l0 * west + l1 * west2 + l2 * north + l3 * northwest) >> 8) + ((l4 * product) >> 16)
                 linear = min((abs(prediction) * 4 + (unit >> 1)) // unit, 7)
                 linear = 7 - linear if prediction < 0 else 7 + linear
             # --- zero or not ---
@@ -456,15 +521,19 @@ def _code(
                 x = 0
             values[at] = x
             # --- learn ---
-            if energy:
+            if factored:
+                squares += x * x
+                _add(factors, 0, c + 1, ((((x << 8) - product) << 8) * rates[c]) >> 16)
+            if energy or product:
                 rate = 131 + 655360 // (500 + at)
                 error = (x << 8) - prediction
-                norm = (energy << 8) + ((8 * unit * unit) >> 8) + 26
+                norm = (energy << 8) + ((product * product) >> 8) + ((8 * unit * unit) >> 8) + 26
                 factor = ((rate * error) << 8) // norm
                 l0 += (factor * west) >> 8
                 l1 += (factor * west2) >> 8
                 l2 += (factor * north) >> 8
                 l3 += (factor * northwest) >> 8
+                l4 += (factor * product) >> 16
             size = magnitude << fine
             signed_size = x << fine
             row_rate, column_rate = _RATE[min(c + 3, 1023)], _RATE[min(r + 3, 1023)]
@@ -480,6 +549,8 @@ def _code(
                 across = 0
             if inside == kernel:
                 inside = across = 0
+        if factored:
+            _learn_columns(factors, values[at + 1 - columns : at + 1], rates, squares, at + 1)
 
 
 @njit(cache=True)

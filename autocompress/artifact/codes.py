@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autocompress.artifact.coder import Array, CoderState, Scan
+from autocompress.artifact.coder import RANK, Array, CoderState, Scan
 
 _SAMPLE = 1 << 17
 """Codes on which ways to code a tensor are compared."""
+_WORTH = 1 / 500
+"""Share of the bytes that factors must save: with them, coding takes twice the time."""
+_FACTORS = 2
+"""The question whether a tensor is coded with factors, to `CoderState.flag`."""
 _LONGEST = 512
 """Largest width that is looked for, in columns."""
 
@@ -27,6 +31,9 @@ class Walk(NamedTuple):
 
     def turn(self, matrix: Array) -> Array:
         return np.ascontiguousarray(matrix.T if self.transposed else matrix)
+
+    def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if self.transposed else shape
 
 
 class Palette(NamedTuple):
@@ -92,6 +99,10 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, r
         walk = min(_walks(matrix), key=lambda walk: _cost(state, matrix, walk, mantissa))
         for number in (int(walk.transposed), walk.scan.kernel - 1, walk.scan.width):
             state.number(number)
+    if _has_factors(walk.turned(matrix.shape), mantissa):
+        scan = walk.scan._replace(factors=_factors_pay(state, walk.turn(matrix), walk.scan, mantissa))
+        state.flag(_FACTORS, scan.factors)
+        walk = Walk(walk.transposed, scan)
     state.code(walk.turn(matrix), walk.scan, 0, mantissa)
 
 
@@ -108,8 +119,10 @@ def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantiss
         palette = _palette_in_stream(state, None)
         mantissa = mantissa if palette is None else palette.mantissa
         walk = _of_shape(shape) or Walk(state.number() > 0, Scan(state.number() + 1, state.number()))
-    codes = np.zeros(shape[::-1] if walk.transposed else shape, np.int32)
+    codes = np.zeros(walk.turned(shape), np.int32)
     matrix = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes.reshape(1, -1)
+    if not exponent and _has_factors(matrix.shape, mantissa):
+        walk = Walk(walk.transposed, walk.scan._replace(factors=state.flag(_FACTORS)))
     state.code(matrix, walk.scan, exponent, mantissa)
     if walk.transposed:
         codes = np.ascontiguousarray(codes.T)
@@ -146,6 +159,22 @@ def _cost(state: CoderState, matrix: Array, walk: Walk, mantissa: int, palette: 
     _palette_in_stream(ahead, palette)
     ahead.code(part if palette is None else palette.ranks(part), walk.scan, 0, mantissa)
     return (ahead.position - state.position) / part.size
+
+
+def _has_factors(shape: tuple[int, ...], mantissa: int) -> bool:
+    """Whether factors of rows and columns are worth a try: they take as much memory as `RANK` rows."""
+    return min(shape) >= RANK and mantissa <= 8
+
+
+def _factors_pay(state: CoderState, matrix: Array, scan: Scan, mantissa: int) -> bool:
+    """Whether the first rows, enough to learn from, take so much less with them that it is worth the time."""
+    part = matrix[: max(4 * RANK, _SAMPLE // matrix.shape[1])]
+    spent = []
+    for factors in (False, True):
+        ahead = state.copy()
+        ahead.code(part.copy(), scan._replace(factors=factors), 0, mantissa)
+        spent.append(ahead.position)
+    return spent[1] - state.position < (1 - _WORTH) * (spent[0] - state.position)
 
 
 def vertical(matrix: Array) -> int:

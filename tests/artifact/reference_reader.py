@@ -150,7 +150,46 @@ def near(value: int, unit: int) -> int:
     return 3 - level if value < 0 else 3 + level
 
 
-def integers(stream: Stream, rows: int, columns: int, kernel: int, width: int, mantissa: int) -> list[int]:
+class Factors:
+    """Of the present row and of every column."""
+
+    def __init__(self, columns: int) -> None:
+        state, start = 1, []
+        for _ in range(32 * columns):
+            state = (1103515245 * state + 12345) % (1 << 31)
+            start.append((state >> 17) - 8192)
+        self.p, self.q = [0] * 32, [start[i : i + 32] for i in range(0, len(start), 32)]
+        self.energy = self.count = 0
+
+    @staticmethod
+    def dot(a: list[int], b: list[int]) -> int:
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    @staticmethod
+    def moved(a: list[int], b: list[int], times: int) -> list[int]:
+        return [x + (y * times + 32768 >> 16) for x, y in zip(a, b, strict=True)]
+
+    def product(self, c: int) -> int:
+        return min(max(self.dot(self.p, self.q[c]) >> 24, -65536), 65536)
+
+    def after_code(self, c: int, x: int, product: int) -> None:
+        q = self.q[c]
+        rate = (6554 << 16) // (32768 + (self.dot(q, q) >> 16))
+        self.p = self.moved(self.p, q, 256 * (256 * x - product) * rate >> 16)
+        self.energy, self.count = self.energy + x * x, self.count + 1
+
+    def after_row(self, row: list[int]) -> None:
+        rate = (32768 << 16) // ((self.energy << 15) // self.count + (self.dot(self.p, self.p) >> 16) + 1)
+        for c, x in enumerate(row):
+            error = 65536 * x - (self.dot(self.p, self.q[c]) >> 16)
+            self.q[c] = self.moved(self.q[c], self.p, error * rate >> 16)
+        self.p = [0] * 32
+
+
+def integers(
+    stream: Stream, rows: int, columns: int, kernel: int, width: int, mantissa: int, factored: int
+) -> list[int]:
+    factors = Factors(columns) if factored else None
     stream.counters.local.clear()
     for weights in stream.first.values():
         weights.seen = 0
@@ -159,7 +198,7 @@ def integers(stream: Stream, rows: int, columns: int, kernel: int, width: int, m
     fine, offset = 8 + shift, 160 - 16 * shift
     tensor, nonzero, nonzeros = (3 << fine) // 10, 1 << fine, 0
     column, column_mean = [0] * columns, [0] * columns
-    coefficients = [6554, 0, 5243, 0]
+    coefficients, last = [6554, 0, 5243, 0], 65536
     out: list[int] = []
 
     def log(v: int) -> int:
@@ -194,8 +233,10 @@ def integers(stream: Stream, rows: int, columns: int, kernel: int, width: int, m
         w, n = near(west << fine, nonzero), near(north << fine, nonzero)
         cm, rm = near(2 * column_mean[c], tensor), near(4 * row_mean, tensor)
         linear, prediction, unit = 7, 0, max(tensor >> shift, 1)
-        if any(neighbours):
+        product = factors.product(c) if factors else 0
+        if any(neighbours) or product:
             prediction = sum(a * b for a, b in zip(coefficients, neighbours, strict=True)) >> 8
+            prediction += last * product >> 16
             step = min((4 * abs(prediction) + unit // 2) // unit, 7)
             linear = 7 - step if prediction < 0 else 7 + step
         counters = [
@@ -240,17 +281,22 @@ def integers(stream: Stream, rows: int, columns: int, kernel: int, width: int, m
             nonzero += ((m << fine) - nonzero) * RATE[min(nonzeros, 1023)] >> 16
             nonzeros += 1
         out.append(x)
-        if any(neighbours):
+        if factors:
+            factors.after_code(c, x, product)
+        if any(neighbours) or product:
             rate, energy = 131 + 655360 // (500 + t), sum(v * v for v in neighbours)
-            norm = 256 * energy + (8 * unit * unit >> 8) + 26
+            norm = 256 * energy + (product * product >> 8) + (8 * unit * unit >> 8) + 26
             factor = (rate * (256 * x - prediction) << 8) // norm
             coefficients = [a + (factor * b >> 8) for a, b in zip(coefficients, neighbours, strict=True)]
+            last += factor * product >> 16
         size, value = abs(x) << fine, x << fine
         row += (size - row) * RATE[min(c + 3, 1023)] >> 16
         row_mean += (value - row_mean) * RATE[min(c + 3, 1023)] >> 16
         column[c] += (size - column[c]) * RATE[min(r + 3, 1023)] >> 16
         column_mean[c] += (value - column_mean[c]) * RATE[min(r + 3, 1023)] >> 16
         tensor += (size - tensor) * RATE[min(t + 1, 1023)] >> 16
+        if factors and c == columns - 1:
+            factors.after_row(out[-columns:])
     return out
 
 
@@ -299,11 +345,12 @@ def codes(stream: Stream, shape: Sequence[int], mantissa: int) -> list[int]:
     transposed, kernel, width = 0, max(1, math.prod(shape[2:])), shape[-1] if len(shape) > 3 else 0
     if len(shape) == 2 and min(shape) > 1:
         transposed, kernel, width = stream.number(), stream.number() + 1, stream.number()
+    factored = stream.flag(2) if min(rows, columns) >= 32 and mantissa <= 8 else 0
     if transposed:
-        flat = integers(stream, columns, rows, kernel, width, mantissa)
+        flat = integers(stream, columns, rows, kernel, width, mantissa, factored)
         flat = [flat[j * rows + i] for i in range(rows) for j in range(columns)]
     else:
-        flat = integers(stream, rows, columns, kernel, width, mantissa)
+        flat = integers(stream, rows, columns, kernel, width, mantissa, factored)
     if sides:
         flat = [-sides[0][-x - 1] if x < 0 else sides[1][x - 1] if x else 0 for x in flat]
     return flat

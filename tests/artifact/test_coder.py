@@ -33,7 +33,7 @@ matrices = hnp.arrays(
 
 
 @settings(max_examples=200, deadline=None)
-@given(matrices, st.builds(Scan, st.sampled_from([1, 3, 9]), st.integers(0, 9)))
+@given(matrices, st.builds(Scan, st.sampled_from([1, 3, 9]), st.integers(0, 9), st.booleans()))
 def test_integers_come_back(values: Array, scan: Scan) -> None:
     assert np.array_equal(decode(encode(values, scan), values.shape, scan), values)
 

@@ -68,6 +68,17 @@ def test_a_matrix_is_turned_when_that_is_cheaper() -> None:
     assert abs(len(written(codes.T.copy(), 4)) - len(written(codes, 4))) < 8
 
 
+def test_a_matrix_of_low_rank_is_foretold() -> None:
+    rng = np.random.default_rng(0)
+    independent = rng.normal(size=(200, 120))
+    low_rank = rng.normal(size=(200, 4)) @ rng.normal(size=(4, 120)) / 2
+    for matrix, share in ((low_rank + 0.3 * independent, 0.8), (independent, 1.002)):
+        codes = np.rint(2 * matrix).astype(np.int32).clip(-8, 7)
+        data = written(codes, 3)
+        assert len(data) < share * plain(codes, 3)
+        assert np.array_equal(read_codes(CoderState(data), codes.shape, 0, 3), codes)
+
+
 @settings(max_examples=60, deadline=None)
 @given(shapes.flatmap(lambda s: hnp.arrays(np.int32, s, elements=st.integers(-7, 7))), st.data())
 def test_repeated_rows_are_written_once(codes: Array, data: st.DataObject) -> None:
