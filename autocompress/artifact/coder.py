@@ -78,8 +78,7 @@ _S_SIGN_MEANS = _S_ZERO_LINEAR + 8 * _LEVELS
 _S_SIGN_NEAR = _S_SIGN_MEANS + _NEAR
 _S_SIGN_LINEAR = _S_SIGN_NEAR + _NEAR * 7
 _S_NODE_EXPECTED = _S_SIGN_LINEAR + 15 * _NEAR
-_S_NODE_TENSOR = _S_NODE_EXPECTED + 2 * _NODES * _LEVELS
-_S_NODE_MEANS = _S_NODE_TENSOR + 2 * _NODES * _LEVELS
+_S_NODE_MEANS = _S_NODE_EXPECTED + 2 * _NODES * _LEVELS
 _S_FLOAT = _S_NODE_MEANS + _NODES * _NEAR
 _S_FLAG = _S_FLOAT + 36 * 512
 _LOCAL = _S_FLAG + 32
@@ -132,7 +131,7 @@ class CoderState:
         self.mode = ENCODE if stream is None else DECODE
         self.memory = np.full(_SIZE, _FRESH, np.int32)
         self.memory[_WEIGHTS:] = 0
-        for first, vectors, inputs in ((_W_ZERO, 2, 6), (_W_SIGN, 1, 4), (_W_NODE, 80, 6), (_W_FLOAT, 2, 3)):
+        for first, vectors, inputs in ((_W_ZERO, 2, 6), (_W_SIGN, 1, 4), (_W_NODE, 80, 5), (_W_FLOAT, 2, 3)):
             _fresh_weights(self.memory, first, vectors, inputs)
         # low, range, cache, pending, position, code
         self.range = np.array([0, 0xFFFFFFFF, 0, 0, 0, 0], np.int64)
@@ -498,13 +497,12 @@ def _code(
                     signed = 2 * node + negative
                     slots[0] = _L_NODE + signed
                     slots[1] = _S_NODE_EXPECTED + signed * _LEVELS + expected
-                    slots[2] = _S_NODE_TENSOR + signed * _LEVELS + level
-                    slots[3] = _L_NODE_NEAR + node * _NEAR + near
-                    slots[4] = _S_NODE_MEANS + node * _NEAR + means
-                    slots[5] = _L_NODE_LINEAR + node * 15 + linear
+                    slots[2] = _L_NODE_NEAR + node * _NEAR + near
+                    slots[3] = _S_NODE_MEANS + node * _NEAR + means
+                    slots[4] = _L_NODE_LINEAR + node * 15 + linear
                     vector = 8 * (2 * vector + negative)
                     decision = _mixed(
-                        mode, rc, buffer, memory, decision, slots, 6, _W_NODE + vector, second + 8 + vector, stretched
+                        mode, rc, buffer, memory, decision, slots, 5, _W_NODE + vector, second + 8 + vector, stretched
                     )
                     if growing:
                         bits += decision

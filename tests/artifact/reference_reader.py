@@ -263,7 +263,6 @@ def integers(
                 counters = [
                     local["node", node, sign],
                     shared["node expected", node, sign, expected],
-                    shared["node level", node, sign, level],
                     local["node near", node, 7 * w + n],
                     shared["node means", node, 7 * cm + rm],
                     local["node linear", node, linear],
