@@ -345,7 +345,7 @@ def _near(value: int, unit: int) -> int:
 def _product(factors: Array, line: int) -> int:
     """Of the factors of the present row, which stand in line 0, and of those of a column; in 2^-32."""
     total = 0
-    for k in range(RANK):
+    for k in range(factors.shape[1]):  # a loop of constant length would be unrolled, but not vectorised
         total += factors[0, k] * factors[line, k]
     return total
 
@@ -353,7 +353,7 @@ def _product(factors: Array, line: int) -> int:
 @njit("void(i4[:, ::1], i8, i8, i8)", cache=True)
 def _add(factors: Array, to: int, line: int, times: int) -> None:
     """Add a multiple, in 2^-16, of one line to another."""
-    for k in range(RANK):
+    for k in range(factors.shape[1]):
         factors[to, k] += (times * factors[line, k] + 32768) >> 16
 
 
@@ -361,7 +361,7 @@ def _add(factors: Array, to: int, line: int, times: int) -> None:
 def _row_rate(factors: Array, line: int) -> int:
     """How far the factors of a row follow an error at this column, in 2^-16."""
     norm = 0
-    for k in range(RANK):
+    for k in range(factors.shape[1]):
         norm += factors[line, k] * factors[line, k]
     return (_ROW_RATE << 16) // (32768 + max(norm >> 16, 0))
 
