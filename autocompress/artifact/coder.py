@@ -223,7 +223,7 @@ class CoderState:
 
 
 # with their types given, these are compiled once and not for each mixture of integer types that they are called with;
-# all that is left of speed is in `_mixed`, which LLVM must be told to inline
+# `_mixed`, where the time goes, LLVM must be told to inline
 @njit("void(i8[::1], u1[::1])", cache=True)
 def _shift_low(rc: Array, buffer: Array) -> None:
     """Write the settled top byte; carries run through the pending 0xFF bytes (as in LZMA)."""

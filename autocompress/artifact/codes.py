@@ -33,6 +33,7 @@ class Walk(NamedTuple):
         return np.ascontiguousarray(matrix.T if self.transposed else matrix)
 
     def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what is walked."""
         return shape[::-1] if self.transposed else shape
 
 
