@@ -169,7 +169,7 @@ def _has_factors(shape: tuple[int, ...], mantissa: int) -> bool:
 
 def _factors_pay(state: CoderState, matrix: Array, scan: Scan, mantissa: int) -> bool:
     """Whether the first rows, enough to learn from, take so much less with them that it is worth the time."""
-    part = matrix[: max(4 * RANK, _SAMPLE // matrix.shape[1])]
+    part = matrix[: max(2 * RANK, _SAMPLE // matrix.shape[1])]
     spent = []
     for factors in (False, True):
         ahead = state.copy()
