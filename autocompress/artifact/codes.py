@@ -32,10 +32,6 @@ class Walk(NamedTuple):
     def turn(self, matrix: Array) -> Array:
         return np.ascontiguousarray(matrix.T if self.transposed else matrix)
 
-    def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what is walked."""
-        return shape[::-1] if self.transposed else shape
-
 
 class Palette(NamedTuple):
     """The magnitudes that occur, ascending, among the codes below zero and among those above it.
@@ -100,11 +96,11 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, r
         walk = min(_walks(matrix), key=lambda walk: _cost(state, matrix, walk, mantissa))
         for number in (int(walk.transposed), walk.scan.kernel - 1, walk.scan.width):
             state.number(number)
-    if _has_factors(walk.turned(matrix.shape), mantissa):
-        scan = walk.scan._replace(factors=_factors_pay(state, walk.turn(matrix), walk.scan, mantissa))
+    turned, scan = walk.turn(matrix), walk.scan
+    if _has_factors(turned.shape, mantissa):
+        scan = scan._replace(factors=_factors_pay(state, turned, scan, mantissa))
         state.flag(_FACTORS, scan.factors)
-        walk = Walk(walk.transposed, scan)
-    state.code(walk.turn(matrix), walk.scan, 0, mantissa)
+    state.code(turned, scan, 0, mantissa)
 
 
 def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantissa: int, repeats: bool = False) -> Array:
@@ -120,11 +116,12 @@ def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantiss
         palette = _palette_in_stream(state, None)
         mantissa = mantissa if palette is None else palette.mantissa
         walk = _of_shape(shape) or Walk(state.number() > 0, Scan(state.number() + 1, state.number()))
-    codes = np.zeros(walk.turned(shape), np.int32)
+    scan = walk.scan
+    codes = np.zeros(shape[::-1] if walk.transposed else shape, np.int32)
     matrix = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes.reshape(1, -1)
     if not exponent and _has_factors(matrix.shape, mantissa):
-        walk = Walk(walk.transposed, walk.scan._replace(factors=state.flag(_FACTORS)))
-    state.code(matrix, walk.scan, exponent, mantissa)
+        scan = scan._replace(factors=state.flag(_FACTORS))
+    state.code(matrix, scan, exponent, mantissa)
     if walk.transposed:
         codes = np.ascontiguousarray(codes.T)
     return codes if palette is None else palette.codes(codes)
