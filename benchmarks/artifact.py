@@ -163,8 +163,8 @@ def rates(size: int) -> list[dict[str, Any]]:
                 took.append(time.perf_counter() - began)
             return statistics.median(took)
 
-        encode = seconds(lambda plans=plans: encode_artifact(plans, Recipe()))  # type: ignore[misc]
-        decode = seconds(lambda data=data: decode_artifact(data))  # type: ignore[misc]
+        encode = seconds(functools.partial(encode_artifact, plans, Recipe()))
+        decode = seconds(functools.partial(decode_artifact, data))
         rows.append(
             {"zeros": zeros, "weights": size, "encode_per_second": size / encode, "decode_per_second": size / decode}
         )

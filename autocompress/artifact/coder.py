@@ -17,7 +17,8 @@ range coder writes the bit. The contexts know
 
 No tables are stored, so a tensor of 500 weights costs little more than its information. All arithmetic
 is on integers: every machine decodes the same values. Encoder and decoder are one function, `_code`, so
-they cannot drift apart. docs/format.md tells why numba compiles it.
+they cannot drift apart. docs/format.md tells why numba compiles it. What is compiled stays in
+one file: numba's cache follows the file of a function, and does not see changes in another that it calls.
 """
 
 from __future__ import annotations
@@ -341,12 +342,12 @@ def _near(value: int, unit: int) -> int:
     return 3 - level if value < 0 else 3 + level
 
 
-@njit("i8(i4[:, ::1], i8)", cache=True)
-def _product(factors: Array, line: int) -> int:
-    """Of the factors of the present row, which stand in line 0, and of those of a column; in 2^-32."""
+@njit("i8(i4[:, ::1], i8, i8)", cache=True)
+def _product(factors: Array, line: int, other: int) -> int:
+    """Of two lines of factors, in 2^-32. Those of the present row stand in line 0, those of column c in line c + 1."""
     total = 0
     for k in range(factors.shape[1]):  # a loop of constant length would be unrolled, but not vectorised
-        total += factors[0, k] * factors[line, k]
+        total += factors[line, k] * factors[other, k]
     return total
 
 
@@ -360,20 +361,17 @@ def _add(factors: Array, to: int, line: int, times: int) -> None:
 @njit("i8(i4[:, ::1], i8)", cache=True)
 def _row_rate(factors: Array, line: int) -> int:
     """How far the factors of a row follow an error at this column, in 2^-16."""
-    norm = 0
-    for k in range(factors.shape[1]):
-        norm += factors[line, k] * factors[line, k]
-    return (_ROW_RATE << 16) // (32768 + max(norm >> 16, 0))
+    return (_ROW_RATE << 16) // (32768 + max(_product(factors, line, line) >> 16, 0))
 
 
 @njit("void(i4[:, ::1], i4[::1], i8[::1], i8, i8)", cache=True)
 def _learn_columns(factors: Array, row: Array, rates: Array, energy: int, count: int) -> None:
     """After a row: the factors of the columns follow its errors (normalised least mean squares, in turn with those
     of the row), and the row's begin anew. energy: sum of the squares of the `count` codes so far."""
-    norm = _product(factors, 0)
-    rate = (_COLUMN_RATE << 16) // ((energy << 15) // count + max(norm >> 16, 0) + 1)
+    norm = max(_product(factors, 0, 0) >> 16, 0)
+    rate = (_COLUMN_RATE << 16) // ((energy << 15) // count + norm + 1)
     for c in range(len(row)):
-        error = (row[c] << 16) - (_product(factors, c + 1) >> 16)
+        error = (row[c] << 16) - (_product(factors, 0, c + 1) >> 16)
         _add(factors, c + 1, 0, (error * rate) >> 16)
         rates[c] = _row_rate(factors, c + 1)
     factors[0] = 0
@@ -454,7 +452,7 @@ def _code(
             unit = max(tensor_size >> shift, 1)
             product = 0
             if factored:
-                product = min(max(_product(factors, c + 1) >> 24, -_FAR), _FAR)
+                product = min(max(_product(factors, 0, c + 1) >> 24, -_FAR), _FAR)
             if energy or product:
                 prediction = ((l0 * west + l1 * west2 + l2 * north + l3 * northwest) >> 8) + ((l4 * product) >> 16)
                 linear = min((abs(prediction) * 4 + (unit >> 1)) // unit, 7)

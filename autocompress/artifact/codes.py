@@ -86,14 +86,15 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, r
     palette = _palette(matrix)
     if palette is not None:
         first = walk or Walk()
-        plain = _cost(state, matrix, first, mantissa)
-        ranked = _cost(state, matrix, first, palette.mantissa, palette)
+        part = _part(first, matrix)
+        plain = _cost(state, part, first.scan, mantissa)
+        ranked = _cost(state, part, first.scan, palette.mantissa, palette)
         palette = palette if ranked < plain else None
     if palette is not None:
         matrix, mantissa = palette.ranks(matrix), palette.mantissa
     _palette_in_stream(state, palette)
     if walk is None:
-        walk = min(_walks(matrix), key=lambda walk: _cost(state, matrix, walk, mantissa))
+        walk = min(_walks(matrix), key=lambda walk: _cost(state, _part(walk, matrix), walk.scan, mantissa))
         for number in (int(walk.transposed), walk.scan.kernel - 1, walk.scan.width):
             state.number(number)
     turned, scan = walk.turn(matrix), walk.scan
@@ -150,12 +151,11 @@ def _part(walk: Walk, matrix: Array) -> Array:
     return np.ascontiguousarray(turned[: max(1, _SAMPLE // turned.shape[1])])
 
 
-def _cost(state: CoderState, matrix: Array, walk: Walk, mantissa: int, palette: Palette | None = None) -> float:
+def _cost(state: CoderState, part: Array, scan: Scan, mantissa: int, palette: Palette | None = None) -> float:
     """Bytes a code."""
-    part = _part(walk, matrix)
     ahead = state.copy()
     _palette_in_stream(ahead, palette)
-    ahead.code(part if palette is None else palette.ranks(part), walk.scan, 0, mantissa)
+    ahead.code(part if palette is None else palette.ranks(part), scan, 0, mantissa)
     return (ahead.position - state.position) / part.size
 
 
@@ -167,12 +167,8 @@ def _has_factors(shape: tuple[int, ...], mantissa: int) -> bool:
 def _factors_pay(state: CoderState, matrix: Array, scan: Scan, mantissa: int) -> bool:
     """Whether the first rows, enough to learn from, take so much less with them that it is worth the time."""
     part = matrix[: max(2 * RANK, _SAMPLE // matrix.shape[1])]
-    spent = []
-    for factors in (False, True):
-        ahead = state.copy()
-        ahead.code(part.copy(), scan._replace(factors=factors), 0, mantissa)
-        spent.append(ahead.position)
-    return spent[1] - state.position < (1 - _WORTH) * (spent[0] - state.position)
+    plain, factored = (_cost(state, part, scan._replace(factors=f), mantissa) for f in (False, True))
+    return factored < (1 - _WORTH) * plain
 
 
 def vertical(matrix: Array) -> int:

@@ -152,9 +152,10 @@ class _Stacked:
         self.of = np.repeat(np.arange(len(scalers)), [len(s.rows) for s in scalers])
         self.first = np.searchsorted(self.of, np.arange(len(scalers)))
         self.factors, self.effects = np.ones((len(self.rows), choices)), np.full((len(scalers), choices), np.inf)
-        for i, (key, scaler) in enumerate(profile.scalers.items()):
-            self.factors[self.of == i, : len(scaler.factors)] = scaler.factors.T
-            self.effects[i, : len(scaler.factors)] = effects[key]
+        for i, (key, first, scaler) in enumerate(zip(self.keys, self.first, scalers, strict=True)):
+            choices, rows = scaler.factors.shape
+            self.factors[first : first + rows, :choices] = scaler.factors.T
+            self.effects[i, :choices] = effects[key]
 
     def present(self, place: Mapping[str, int]) -> NDArray[np.intp]:
         """int [scalers]: the choice that each has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Worksh
     seen: list[Workshop] = []
     measure = Workshop.base_profile
 
-    def spy(self: Workshop, *given: object) -> object:
+    def spy(self: Workshop, *given: Any) -> object:
         seen.append(self)
-        return measure(self, *given)  # type: ignore[arg-type]
+        return measure(self, *given)
 
     monkeypatch.setattr(Workshop, "base_profile", spy)
     return seen

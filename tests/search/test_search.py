@@ -160,7 +160,7 @@ def test_impossible_wishes_are_refused_before_any_trial(tmp_path: Path) -> None:
         ({"space": "defalt"}, "did you mean 'default'"),
     ):
         with pytest.raises(ac.AutocompressError, match=message):
-            ac.search(small_digits(), run=tmp_path / "run", **wish)  # type: ignore[arg-type]
+            ac.search(small_digits(), run=tmp_path / "run", **wish)
         assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import small_digits, zoo_task
 
+from autocompress.anatomy import Anatomy
 from autocompress.artifact import load, pack, unpack
 from autocompress.compression import Candidate
 from autocompress.rate import RateModel
@@ -43,7 +44,7 @@ layers: {"*": {sparsity: [0, 0.5], weights: [float32, int6], channels: [1.0, 0.7
 """
 
 
-def anatomy_of(task: Task):  # type: ignore[no-untyped-def]
+def anatomy_of(task: Task) -> Anatomy:
     from autocompress.space import BoundSpace
 
     return Workshop(task, task.build(), BoundSpace(()), Path(), 0).anatomy

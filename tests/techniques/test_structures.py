@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ CHANNELS, ACTIVATION, ACTIVATION_BITS = (structures()[n] for n in ("channels", "
 SPARSITY = maskings()["sparsity"]
 
 
-def run_of(task: Task):  # type: ignore[no-untyped-def]
+def run_of(task: Task) -> Callable[[nn.Module], Any]:
     batch = next(task.batches("train"))
     return lambda model: task.run(model, batch)[0]
 
