@@ -1,7 +1,7 @@
 """Adaptive, context-modelled binary entropy coding of weight tensors.
 
 A weight is a few binary decisions: is it zero, its sign, the bits of its magnitude (the decisions of
-DeepCABAC, Wiedemann et al., 2019). Each is predicted by several adaptive contexts at once; their
+DeepCABAC, Wiedemann et al., 2019). Each is predicted by six adaptive contexts at once; their
 predictions are mixed in the logistic domain by weights that learn as they go (Mahoney, lpaq), and a
 range coder writes the bit. The contexts know
 
@@ -58,11 +58,11 @@ _STRETCH = np.array(
 _SQUASH = np.array(
     [max(_P_MIN, min(65536 - _P_MIN, round(65536 / (1 + math.exp(-i / 256))))) for i in range(-2048, 2048)], np.int32
 )
-_RATE = np.array([round(65536 / (n + 1.5)) for n in range(1024)], np.int32)
+_RATE = np.array([round(65536 / (n + 1.3)) for n in range(1024)], np.int32)
 """Learning rate of a counter that has seen n bits."""
 _TRUST = np.array([round(256 * n / (n + 1.05)) for n in range(1024)], np.int32)
 """How loudly a counter that has seen n bits may speak."""
-_GAIN = np.array([round(2 + 22 * 60 / (60 + 4 * n)) for n in range(1024)], np.int32)
+_GAIN = np.array([round(2 + 14 * 60 / (60 + 4 * n)) for n in range(1024)], np.int32)
 """Learning rate of mixing weights that have seen 4 n bits, in 2^-18."""
 _LOG = np.array([round(16 * math.log2(max(i, 0.5))) for i in range(4096)], np.int32)
 
@@ -81,7 +81,13 @@ _S_SIGN_LINEAR = _S_SIGN_NEAR + _NEAR * 7
 _S_NODE_EXPECTED = _S_SIGN_LINEAR + 15 * _NEAR
 _S_NODE_MEANS = _S_NODE_EXPECTED + 2 * _NODES * _LEVELS
 _S_FLOAT = _S_NODE_MEANS + _NODES * _NEAR
-_S_FLAG = _S_FLOAT + 36 * 512
+_S_FLOAT_NODE = _S_FLOAT + 35 * 512
+_S_FLOAT_DEPTH = _S_FLOAT_NODE + 512
+_S_TOP = _S_FLOAT_DEPTH + 16
+_S_TOP_NODE = _S_TOP + 3 * 8
+_S_TOP_SCALE = _S_TOP_NODE + 8
+_S_ALWAYS = _S_TOP_SCALE + 3 * 1024
+_S_FLAG = _S_ALWAYS + 1
 _LOCAL = _S_FLAG + 32
 """From here on, slots are fresh for every tensor."""
 _L_COLUMN = _LOCAL
@@ -89,11 +95,15 @@ _L_ROW = _L_COLUMN + _LEVELS
 _L_PLACE = _L_ROW + _LEVELS
 _L_NEAR = _L_PLACE + 64
 _L_SIGN = _L_NEAR + _NEAR
-_L_NODE = _L_SIGN + _NEAR
-_L_NODE_NEAR = _L_NODE + 2 * _NODES
+_L_SIGN_LINEAR = _L_SIGN + _NEAR
+_L_SIGN_PLACE = _L_SIGN_LINEAR + 15
+_L_NODE = _L_SIGN_PLACE + 64
+_L_NODE_ALONE = _L_NODE + 2 * _NODES
+_L_NODE_NEAR = _L_NODE_ALONE + _NODES
 _L_NODE_LINEAR = _L_NODE_NEAR + _NODES * _NEAR
 _L_FLOAT = _L_NODE_LINEAR + _NODES * 15
-_WEIGHTS = _L_FLOAT + 1024 + 1024 * 8
+_L_TOP = _L_FLOAT + 1024
+_WEIGHTS = _L_TOP + 1024 * 8
 _W_ZERO = _WEIGHTS
 _W_SIGN = _W_ZERO + 8 * 2
 _W_NODE = _W_SIGN + 8
@@ -102,7 +112,7 @@ _W_SECOND = _W_FLOAT + 8 * 2
 _W_NONE = _W_SECOND + 8 * _LEVELS * 81
 _SIZE = _W_NONE + 8
 _FRESH = 1 << 29
-_SEEN = 7
+_INPUTS, _SEEN = 6, 7
 _LIMIT = 1020
 
 # --- factors of rows and columns, in 2^-16 ---
@@ -112,17 +122,16 @@ _FAR = 1 << 16
 """The largest prediction that is believed, in 2^-8 of a code."""
 
 # --- text ---
-_ORDERS = 6
+_ORDERS = 5
 _TABLE = 1 << 14
 _T_MATCH = _ORDERS * _TABLE
-_T_WEIGHTS = _T_MATCH + 2 * 64
+_T_WEIGHTS = _T_MATCH + 2 * 32
 _T_HASH = _T_WEIGHTS + 8 * 18
 _T_SIZE = _T_HASH + 4096
 
 
-def _fresh_weights(memory: Array, first: int, vectors: int, inputs: int) -> None:
-    for vector in range(first, first + 8 * vectors, 8):
-        memory[vector : vector + inputs] = round(65536 * 0.15)
+def _fresh_weights(memory: Array, first: int, end: int) -> None:
+    memory[first:end].reshape(-1, 8)[:, :_INPUTS] = round(65536 * 0.2)
 
 
 class CoderState:
@@ -132,8 +141,7 @@ class CoderState:
         self.mode = ENCODE if stream is None else DECODE
         self.memory = np.full(_SIZE, _FRESH, np.int32)
         self.memory[_WEIGHTS:] = 0
-        for first, vectors, inputs in ((_W_ZERO, 2, 6), (_W_SIGN, 1, 4), (_W_NODE, 80, 5), (_W_FLOAT, 2, 3)):
-            _fresh_weights(self.memory, first, vectors, inputs)
+        _fresh_weights(self.memory, _WEIGHTS, _W_SECOND)
         # low, range, cache, pending, position, code
         self.range = np.array([0, 0xFFFFFFFF, 0, 0, 0, 0], np.int64)
         self.buffer: Array = np.zeros(0, np.uint8)
@@ -178,7 +186,7 @@ class CoderState:
         """Encode bytes uint8 [n], or fill them by decoding; the model knows `DICTIONARY` beforehand."""
         memory = np.full(_T_SIZE, _FRESH, np.int32)
         memory[_T_WEIGHTS:] = 0
-        _fresh_weights(memory, _T_WEIGHTS, 2, 7)
+        _fresh_weights(memory, _T_WEIGHTS, _T_WEIGHTS + 8 * 2)
         self._make_room(3 * len(text))
         whole = np.concatenate([DICTIONARY, text])
         _code_text(self.mode, whole, len(DICTIONARY), memory, self.range, self.buffer)
@@ -204,6 +212,11 @@ class CoderState:
     def position(self) -> int:
         """Bytes written or read so far."""
         return int(self.range[4] + self.range[3])
+
+    @property
+    def spent(self) -> float:
+        """Bytes written so far, with the part of one that the range holds."""
+        return self.position - math.log2(int(self.range[1])) / 8
 
     def finish(self) -> bytes:
         """The stream without the zeros of its last four bytes; the reader continues with zeros.
@@ -280,7 +293,7 @@ def _bit(mode: int, rc: Array, buffer: Array, p: int, bit: int) -> int:
     return bit
 
 
-@njit("void(i4[::1], i8, i8)", cache=True)
+@njit("void(i4[::1], u8, i8)", cache=True)
 def _update(memory: Array, slot: int, bit: int) -> None:
     state = memory[slot]
     n = state & 1023
@@ -299,38 +312,65 @@ def _direct(mode: int, rc: Array, buffer: Array, memory: Array, slot: int, bit: 
     return bit
 
 
-@njit("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8[::1], i8, i8, i8, i8[::1])", cache=True, forceinline=True)
+@njit("i8(i4[::1], u8)", cache=True)
+def _stretched(memory: Array, slot: int) -> int:
+    """What a counter believes, in the logistic domain; the more bits it has seen, the louder."""
+    state = np.uint32(memory[slot])
+    belief: int = (_STRETCH[state >> np.uint32(18)] * _TRUST[state & np.uint32(1023)]) >> 8
+    return belief
+
+
+@njit("void(i4[::1], i8, i8, u8, i8, i8, i8)", cache=True)
+def _learn(memory: Array, first: int, second: int, slot: int, belief: int, error: int, bit: int) -> None:
+    """One of the predictions has seen its bit: the weights that it was mixed by and its counter follow."""
+    step = (belief * error + 131072) >> 18
+    memory[first] += step
+    if second < _W_NONE:
+        memory[second] += step
+    _update(memory, slot, bit)
+
+
+@njit("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8, i8, u8, u8, u8, u8, u8, u8)", cache=True, forceinline=True)
 def _mixed(
     mode: int,
     rc: Array,
     buffer: Array,
     memory: Array,
     bit: int,
-    slots: Array,
-    inputs: int,
     first: int,
     second: int,
-    stretched: Array,
+    a: int,
+    b: int,
+    c: int,
+    d: int,
+    e: int,
+    f: int,
 ) -> int:
-    """A bit predicted by the counters in slots[:inputs], mixed by the sum of two weight vectors."""
-    dot = 0
-    for k in range(inputs):
-        state = memory[slots[k]]
-        s = (_STRETCH[state >> 18] * _TRUST[state & 1023]) >> 8
-        stretched[k] = s
-        dot += (memory[first + k] + memory[second + k]) * s
+    """A bit predicted by the counters in slots a to f, mixed by the sum of two weight vectors.
+
+    Without loops or arrays of its own: nothing that is written to `memory` can then force a value to be read again.
+    """
+    sa, sb, sc = _stretched(memory, a), _stretched(memory, b), _stretched(memory, c)
+    sd, se, sf = _stretched(memory, d), _stretched(memory, e), _stretched(memory, f)
+    dot = (
+        sa * (memory[first] + memory[second])
+        + sb * (memory[first + 1] + memory[second + 1])
+        + sc * (memory[first + 2] + memory[second + 2])
+        + sd * (memory[first + 3] + memory[second + 3])
+        + se * (memory[first + 4] + memory[second + 4])
+        + sf * (memory[first + 5] + memory[second + 5])
+    )
     p = _SQUASH[min(max(dot >> 16, -2048), 2047) + 2048]
     bit = _bit(mode, rc, buffer, p, bit)
-    error = (65536 if bit else 0) - p
     seen = memory[first + _SEEN]
     memory[first + _SEEN] = seen + 1 if seen < 4095 else seen
-    error *= _GAIN[seen >> 2]
-    both = 1 if second != _W_NONE else 0
-    for k in range(inputs):
-        step = (stretched[k] * error + 131072) >> 18
-        memory[first + k] += step
-        memory[second + k] += step * both
-        _update(memory, slots[k], bit)
+    error = ((65536 if bit else 0) - p) * _GAIN[seen >> 2]
+    _learn(memory, first, second, a, sa, error, bit)
+    _learn(memory, first + 1, second + 1, b, sb, error, bit)
+    _learn(memory, first + 2, second + 2, c, sc, error, bit)
+    _learn(memory, first + 3, second + 3, d, sd, error, bit)
+    _learn(memory, first + 4, second + 4, e, se, error, bit)
+    _learn(memory, first + 5, second + 5, f, sf, error, bit)
     return bit
 
 
@@ -392,8 +432,6 @@ def _code(
     """Integers. Running means are in 2^-fine of a code, their levels in half octaves. factors: int32
     [1 + columns, RANK], or of one line: none."""
     rows, columns, kernel, width, mantissa = sizes
-    slots = np.zeros(8, np.int64)
-    stretched = np.zeros(8, np.int64)
     shift = max(11 - mantissa, 0)
     offset = 160 - 16 * shift
     fine = shift + 8
@@ -459,21 +497,39 @@ def _code(
                 linear = 7 - linear if prediction < 0 else 7 + linear
             # --- zero or not ---
             x = values[at]
-            slots[0] = _L_COLUMN + min(max((log_column + offset) >> 3, 0), 31)
-            slots[1] = _L_ROW + min(max((log_row + offset) >> 3, 0), 31)
-            slots[2] = _L_PLACE + min(inside, 63)
-            slots[3] = _L_NEAR + near
-            slots[4] = _S_ZERO_NEAR + near * _LEVELS + level
-            slots[5] = _S_ZERO_LINEAR + abs(linear - 7) * _LEVELS + expected
+            place = min(inside, 63)
             magnitude = 0
-            if _mixed(mode, rc, buffer, memory, x != 0, slots, 6, zero_weights, _W_NONE, stretched):
+            if _mixed(
+                mode,
+                rc,
+                buffer,
+                memory,
+                x != 0,
+                zero_weights,
+                _W_NONE,
+                _L_COLUMN + min(max((log_column + offset) >> 3, 0), 31),
+                _L_ROW + min(max((log_row + offset) >> 3, 0), 31),
+                _L_PLACE + place,
+                _L_NEAR + near,
+                _S_ZERO_NEAR + near * _LEVELS + level,
+                _S_ZERO_LINEAR + abs(linear - 7) * _LEVELS + expected,
+            ):
                 second = _W_SECOND + 8 * 81 * level
-                # --- sign ---
-                slots[0] = _S_SIGN_MEANS + near_c * 7 + near_r
-                slots[1] = _L_SIGN + near
-                slots[2] = _S_SIGN_NEAR + near * 7 + near_c
-                slots[3] = _S_SIGN_LINEAR + linear * _NEAR + near
-                negative = _mixed(mode, rc, buffer, memory, x < 0, slots, 4, _W_SIGN, second, stretched)
+                negative = _mixed(
+                    mode,
+                    rc,
+                    buffer,
+                    memory,
+                    x < 0,
+                    _W_SIGN,
+                    second,
+                    _S_SIGN_MEANS + near_c * 7 + near_r,
+                    _L_SIGN + near,
+                    _S_SIGN_NEAR + near * 7 + near_c,
+                    _S_SIGN_LINEAR + linear * _NEAR + near,
+                    _L_SIGN_LINEAR + linear,
+                    _L_SIGN_PLACE + place,
+                )
                 if negative:  # from here on, neighbours are seen from the side of this weight
                     near_w, near_n, near_c, near_r, linear = 6 - near_w, 6 - near_n, 6 - near_c, 6 - near_r, 14 - linear
                 near, means = near_w * 7 + near_n, near_c * 7 + near_r
@@ -493,14 +549,21 @@ def _code(
                         node, vector = min(16 + coded, _NODES - 1), 10 + min(bits - below, 3) + 4 * min(bits, 6)
                         decision = (magnitude >> (below - 1)) & 1
                     signed = 2 * node + negative
-                    slots[0] = _L_NODE + signed
-                    slots[1] = _S_NODE_EXPECTED + signed * _LEVELS + expected
-                    slots[2] = _L_NODE_NEAR + node * _NEAR + near
-                    slots[3] = _S_NODE_MEANS + node * _NEAR + means
-                    slots[4] = _L_NODE_LINEAR + node * 15 + linear
                     vector = 8 * (2 * vector + negative)
                     decision = _mixed(
-                        mode, rc, buffer, memory, decision, slots, 5, _W_NODE + vector, second + 8 + vector, stretched
+                        mode,
+                        rc,
+                        buffer,
+                        memory,
+                        decision,
+                        _W_NODE + vector,
+                        second + 8 + vector,
+                        _L_NODE + signed,
+                        _S_NODE_EXPECTED + signed * _LEVELS + expected,
+                        _L_NODE_NEAR + node * _NEAR + near,
+                        _S_NODE_MEANS + node * _NEAR + means,
+                        _L_NODE_LINEAR + node * 15 + linear,
+                        _L_NODE_ALONE + node,
                     )
                     if growing:
                         bits += decision
@@ -558,8 +621,6 @@ def _code_floats(
     Contexts: the exponent before; whether only positive values came so far, which tells scales from
     shifts, so that each finds what was learned of its like.
     """
-    slots = np.zeros(8, np.int64)
-    stretched = np.zeros(8, np.int64)
     mask = (1 << (1 + exponent + mantissa)) - 1
     before = 0
     signs = 0  # 0 no value yet, 1 all positive so far, 2 mixed
@@ -573,19 +634,42 @@ def _code_floats(
             continue
         node = 1
         for k in range(1 + exponent + top):
-            if k <= exponent:
-                slots[0] = _S_FLOAT + signs * 512 + node
-                slots[1] = _S_FLOAT + (3 + (before & 31)) * 512 + node
-                slots[2] = _L_FLOAT + node
-                vector = _W_FLOAT
-            else:
-                tree = (1 << (k - 1 - exponent)) | (node & ((1 << (k - 1 - exponent)) - 1))
-                slots[0] = _S_FLOAT + 35 * 512 + signs * 8 + tree
-                slots[1] = _L_FLOAT + 1024 + ((node >> (k - 1 - exponent)) & 1023) * 8 + tree
-                slots[2] = _L_FLOAT + 1024 + tree
-                vector = _W_FLOAT + 8
             bit = (pattern >> (exponent + mantissa - k)) & 1
-            bit = _mixed(mode, rc, buffer, memory, bit, slots, 3, vector, _W_NONE, stretched)
+            if k <= exponent:
+                bit = _mixed(
+                    mode,
+                    rc,
+                    buffer,
+                    memory,
+                    bit,
+                    _W_FLOAT,
+                    _W_NONE,
+                    _S_FLOAT + signs * 512 + node,
+                    _S_FLOAT + (3 + (before & 31)) * 512 + node,
+                    _L_FLOAT + node,
+                    _S_FLOAT_NODE + node,
+                    _S_FLOAT_DEPTH + k,
+                    _S_ALWAYS,
+                )
+            else:
+                depth = k - 1 - exponent
+                scale = (node >> depth) & 1023
+                tree = (1 << depth) | (node & ((1 << depth) - 1))
+                bit = _mixed(
+                    mode,
+                    rc,
+                    buffer,
+                    memory,
+                    bit,
+                    _W_FLOAT + 8,
+                    _W_NONE,
+                    _S_TOP + signs * 8 + tree,
+                    _L_TOP + scale * 8 + tree,
+                    _L_TOP + tree,
+                    _S_TOP_NODE + tree,
+                    _S_TOP_SCALE + signs * 1024 + scale,
+                    _S_ALWAYS,
+                )
             node = (node << 1) | bit
         value = node - (1 << (1 + exponent + top))
         for k in range(mantissa - top - 1, -1, -1):
@@ -597,10 +681,9 @@ def _code_floats(
 
 @njit(cache=True)
 def _code_text(mode: int, text: Array, known: int, memory: Array, rc: Array, buffer: Array) -> None:
-    """Bytes, each bit predicted by the 0, 1, 2, 3 and 5 bytes before, by the word so far and by what
+    """Bytes, each bit predicted by the 1, 2, 3 and 5 bytes before, by the word so far and by what
     followed the longest match. The first `known` bytes are learned, not coded."""
-    slots = np.zeros(8, np.int64)
-    stretched = np.zeros(8, np.int64)
+    slots = np.zeros(_ORDERS, np.int64)
     hashes = np.zeros(_ORDERS, np.int64)
     history = 0
     word = 0
@@ -608,10 +691,10 @@ def _code_text(mode: int, text: Array, known: int, memory: Array, rc: Array, buf
     length = 0
     for i in range(len(text)):
         now = LEARN if i < known else mode
-        for order in range(5):
-            size = order if order < 4 else 5
+        for order in range(4):
+            size = order + 1 if order < 3 else 5
             hashes[order] = (history & ((1 << (8 * size)) - 1)) * 0x2F0B4C47
-        hashes[5] = word
+        hashes[4] = word
         node = 1
         agrees = match > 0
         for k in range(7, -1, -1):
@@ -620,11 +703,13 @@ def _code_text(mode: int, text: Array, known: int, memory: Array, rc: Array, buf
                 mixed = (mixed ^ (mixed >> 15)) * 0x2545F491
                 slots[order] = order * _TABLE + ((mixed >> 12) & (_TABLE - 1))
             guess = (text[match] >> k) & 1 if agrees else 0
-            slots[6] = _T_MATCH + (min(length, 31) * 2 + guess if agrees else 0)
+            matched = _T_MATCH + (min(length, 31) * 2 + guess if agrees else 0)
             vector = _T_WEIGHTS + 8 * agrees
             second = _T_WEIGHTS + 16 + 8 * min(length, 15)
             bit = (text[i] >> k) & 1
-            bit = _mixed(now, rc, buffer, memory, bit, slots, 7, vector, second, stretched)
+            bit = _mixed(
+                now, rc, buffer, memory, bit, vector, second, slots[0], slots[1], slots[2], slots[3], slots[4], matched
+            )
             agrees = agrees and bit == guess
             node = (node << 1) | bit
         byte = node - 256

@@ -24,13 +24,15 @@ _LONGEST = 512
 
 
 class Walk(NamedTuple):
-    """transposed: columns first. scan: what the coder is told of the (transposed) matrix."""
+    """transposed: the second dimension first. scan: what the coder is told of the matrix that comes of it."""
 
     transposed: bool = False
     scan: Scan = Scan()
 
-    def turn(self, matrix: Array) -> Array:
-        return np.ascontiguousarray(matrix.T if self.transposed else matrix)
+    def turn(self, cube: Array) -> Array:
+        """[rows, columns x kernel], contiguous, of [rows, columns, kernel] or, transposed, [columns, rows, kernel]."""
+        turned = cube.transpose(1, 0, 2) if self.transposed else cube
+        return np.ascontiguousarray(turned).reshape(len(turned), -1)
 
 
 class Palette(NamedTuple):
@@ -78,26 +80,25 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, r
         for row in codes:
             state.number(places.setdefault(row.tobytes(), len(places)))
         codes = np.stack([np.frombuffer(row, codes.dtype) for row in places]).reshape(-1, *codes.shape[1:])
-    matrix = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes.reshape(1, -1)
+    cube = codes.reshape(_cube(codes.shape))
     if exponent:
-        state.code(np.ascontiguousarray(matrix), Scan(), exponent, mantissa)
+        state.code(Walk().turn(cube), Scan(), exponent, mantissa)
         return
     walk = _of_shape(codes.shape)
-    palette = _palette(matrix)
+    palette = _palette(codes)
     if palette is not None:
-        first = walk or Walk()
-        part = _part(first, matrix)
-        plain = _cost(state, part, first.scan, mantissa)
-        ranked = _cost(state, part, first.scan, palette.mantissa, palette)
+        part = _part(walk, cube)
+        plain = _cost(state, part, walk.scan, mantissa)
+        ranked = _cost(state, part, walk.scan, palette.mantissa, palette)
         palette = palette if ranked < plain else None
     if palette is not None:
-        matrix, mantissa = palette.ranks(matrix), palette.mantissa
+        cube, mantissa = palette.ranks(cube), palette.mantissa
     _palette_in_stream(state, palette)
-    if walk is None:
-        walk = min(_walks(matrix), key=lambda walk: _cost(state, _part(walk, matrix), walk.scan, mantissa))
-        for number in (int(walk.transposed), walk.scan.kernel - 1, walk.scan.width):
-            state.number(number)
-    turned, scan = walk.turn(matrix), walk.scan
+    if min(cube.shape[:2]) > 1:
+        walks = _walks(cube) if codes.ndim == 2 else [walk, walk._replace(transposed=True)]
+        walk = min(walks, key=lambda walk: _cost(state, _part(walk, cube), walk.scan, mantissa))
+        walk = _walk_in_stream(state, walk, codes.ndim)
+    turned, scan = walk.turn(cube), walk.scan
     if _has_factors(turned.shape, mantissa):
         scan = scan._replace(factors=_factors_pay(state, turned, scan, mantissa))
         state.flag(_FACTORS, scan.factors)
@@ -107,36 +108,51 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, r
 def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantissa: int, repeats: bool = False) -> Array:
     """Inverse of `write_codes`."""
     if repeats and len(shape) > 1:
-        rows, distinct = [], 0
+        places, distinct = [], 0
         for _ in range(shape[0]):
-            rows.append(min(state.number(), distinct))
-            distinct = max(distinct, rows[-1] + 1)
-        return read_codes(state, (distinct, *shape[1:]), exponent, mantissa)[rows]
+            places.append(min(state.number(), distinct))
+            distinct = max(distinct, places[-1] + 1)
+        return read_codes(state, (distinct, *shape[1:]), exponent, mantissa)[places]
     walk, palette = Walk(), None
+    rows, columns, kernel = _cube(shape)
     if not exponent:
         palette = _palette_in_stream(state, None)
         mantissa = mantissa if palette is None else palette.mantissa
-        walk = _of_shape(shape) or Walk(state.number() > 0, Scan(state.number() + 1, state.number()))
+        walk = _of_shape(shape)
+        if min(rows, columns) > 1:
+            walk = _walk_in_stream(state, walk, len(shape))
     scan = walk.scan
-    codes = np.zeros(shape[::-1] if walk.transposed else shape, np.int32)
-    matrix = codes.reshape(codes.shape[0], -1) if codes.ndim > 1 else codes.reshape(1, -1)
+    cube = np.zeros((columns, rows, kernel) if walk.transposed else (rows, columns, kernel), np.int32)
+    matrix = cube.reshape(len(cube), -1)
     if not exponent and _has_factors(matrix.shape, mantissa):
         scan = scan._replace(factors=state.flag(_FACTORS))
     state.code(matrix, scan, exponent, mantissa)
     if walk.transposed:
-        codes = np.ascontiguousarray(codes.T)
+        cube = np.ascontiguousarray(cube.transpose(1, 0, 2))
+    codes = cube.reshape(shape)
     return codes if palette is None else palette.codes(codes)
 
 
-def _of_shape(shape: tuple[int, ...]) -> Walk | None:
-    """The walk that a shape implies; None for matrices, whose walk the writer chooses."""
-    if len(shape) == 2 and min(shape) > 1:
-        return None
+def _cube(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(rows, columns, kernel): kernel is all that comes after two dimensions, a vector is one row."""
+    return (shape[0], shape[1], math.prod(shape[2:])) if len(shape) > 1 else (1, math.prod(shape), 1)
+
+
+def _of_shape(shape: tuple[int, ...]) -> Walk:
+    """The plain walk: kernels of convolutions are known from the shape."""
     return Walk(scan=Scan(max(1, math.prod(shape[2:])), shape[-1] if len(shape) > 3 else 0))
 
 
+def _walk_in_stream(state: CoderState, walk: Walk, dimensions: int) -> Walk:
+    """Write or read it: the scan of matrices too."""
+    transposed, (kernel, width, _) = state.number(int(walk.transposed)) > 0, walk.scan
+    if dimensions == 2:
+        kernel, width = state.number(kernel - 1) + 1, state.number(width)
+    return Walk(transposed, Scan(kernel, width))
+
+
 def _walks(matrix: Array) -> list[Walk]:
-    """The ways worth a try, the plain one first."""
+    """The ways to walk a matrix [rows, columns, 1] that are worth a try, the plain one first."""
     walks = []
     for transposed in (False, True):
         width = vertical(_part(Walk(transposed), matrix))
@@ -145,10 +161,10 @@ def _walks(matrix: Array) -> list[Walk]:
     return walks
 
 
-def _part(walk: Walk, matrix: Array) -> Array:
+def _part(walk: Walk, cube: Array) -> Array:
     """The first rows of the turned matrix."""
-    turned = matrix.T if walk.transposed else matrix
-    return np.ascontiguousarray(turned[: max(1, _SAMPLE // turned.shape[1])])
+    rows = max(1, _SAMPLE * cube.shape[walk.transposed] // cube.size)
+    return walk.turn(cube[:, :rows] if walk.transposed else cube[:rows])
 
 
 def _cost(state: CoderState, part: Array, scan: Scan, mantissa: int, palette: Palette | None = None) -> float:
@@ -156,7 +172,7 @@ def _cost(state: CoderState, part: Array, scan: Scan, mantissa: int, palette: Pa
     ahead = state.copy()
     _palette_in_stream(ahead, palette)
     ahead.code(part if palette is None else palette.ranks(part), scan, 0, mantissa)
-    return (ahead.position - state.position) / part.size
+    return (ahead.spent - state.spent) / part.size
 
 
 def _has_factors(shape: tuple[int, ...], mantissa: int) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 
 STRETCH = [max(-2047, min(2047, round(256 * math.log((i + 0.5) / (4095.5 - i))))) for i in range(4096)]
 SQUASH = [max(16, min(65520, round(65536 / (1 + math.exp((2048 - i) / 256))))) for i in range(4096)]
-RATE = [round(65536 / (n + 1.5)) for n in range(1024)]
+RATE = [round(65536 / (n + 1.3)) for n in range(1024)]
 TRUST = [round(256 * n / (n + 1.05)) for n in range(1024)]
-GAIN = [round(2 + 1320 / (60 + 4 * n)) for n in range(1024)]
+GAIN = [round(2 + 840 / (60 + 4 * n)) for n in range(1024)]
 LOG = [round(16 * math.log2(max(i, 0.5))) for i in range(4096)]
 FLOATS = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7), "e8m5": (8, 5), "e8m3": (8, 3), "e8m2": (8, 2)}
 FLOATS |= {"float8-e4m3": (4, 3), "float8-e5m2": (5, 2)}
@@ -40,7 +40,7 @@ class Counters:
 
 class Weights:
     def __init__(self, start: int) -> None:
-        self.values = [start] * 7
+        self.values = [start] * 6
         self.seen = 0
 
 
@@ -49,7 +49,7 @@ class Stream:
         self.data, self.at = data, 4
         self.range, self.code = 0xFFFFFFFF, int.from_bytes(data[:4].ljust(4, b"\0"), "big")
         self.counters = Counters()
-        self.first: dict[Any, Weights] = defaultdict(lambda: Weights(round(0.15 * 65536)))
+        self.first: dict[Any, Weights] = defaultdict(lambda: Weights(round(0.2 * 65536)))
         self.second: dict[Any, Weights] = defaultdict(lambda: Weights(0))
 
     def bit(self, p: int) -> int:
@@ -90,7 +90,7 @@ def update(counter: list[int], bit: int) -> None:
 def mixed(counters: Sequence[list[int]], first: Weights, second: Weights | None, code: Callable[[int], int]) -> int:
     """One decision; `code(p)` reads it from the stream, or gives it when it is known."""
     s = [STRETCH[p >> 8] * TRUST[n] >> 8 for p, n in counters]
-    extra = second.values if second else [0] * 7
+    extra = second.values if second else [0] * 6
     dot = sum((w + e) * x for w, e, x in zip(first.values, extra, s, strict=False)) >> 16
     p = SQUASH[min(max(dot, -2048), 2047) + 2048]
     bit = code(p)
@@ -112,13 +112,13 @@ def signed64(value: int) -> int:
 
 def text(stream: Stream, length: int, dictionary: bytes) -> bytes:
     tables: dict[Any, list[int]] = defaultdict(lambda: [1 << 19, 0])
-    first = [Weights(round(0.15 * 65536)), Weights(round(0.15 * 65536))]
+    first = [Weights(round(0.2 * 65536)), Weights(round(0.2 * 65536))]
     second = [Weights(0) for _ in range(16)]
     places: dict[int, int] = {}
     done = bytearray()
     word = place = match = 0
     for i in range(len(dictionary) + length):
-        hashes = [int.from_bytes(done[-o:] if o else b"", "big") for o in (0, 1, 2, 3, 5)]
+        hashes = [int.from_bytes(done[-o:], "big") for o in (1, 2, 3, 5)]
         hashes = [h * 0x2F0B4C47 for h in hashes] + [word]
         node, agrees = 1, place > 0
         for k in range(7, -1, -1):
@@ -254,6 +254,8 @@ def integers(
                 local["sign", 7 * w + n],
                 shared["sign near", 7 * w + n, cm],
                 shared["sign linear", linear, 7 * w + n],
+                local["sign linear", linear],
+                local["sign place", min(place, 63)],
             ]
             sign = mixed(counters, stream.first["sign"], stream.second["sign", level], stream.bit)
             if sign:
@@ -266,6 +268,7 @@ def integers(
                     local["node near", node, 7 * w + n],
                     shared["node means", node, 7 * cm + rm],
                     local["node linear", node, linear],
+                    local["node", node],
                 ]
                 second = stream.second["node", level, step, sign]
                 return mixed(counters, stream.first["node", step, sign], second, stream.bit)
@@ -311,12 +314,14 @@ def floats(stream: Stream, count: int, exponent: int, mantissa: int) -> list[int
             out.append(0)
             continue
         node = 1
-        for _ in range(1 + exponent):
+        for depth in range(1 + exponent):
             counters = [shared["signs", signs, node], shared["before", before % 32, node], local["tree", node]]
+            counters += [shared["tree", node], shared["depth", depth], shared["always"]]
             node = node << 1 | mixed(counters, stream.first["float"], None, stream.bit)
         tree = 1
         for _ in range(min(mantissa, 3)):
             counters = [shared["top", signs, tree], local["top", node % 1024, tree], local["top", tree]]
+            counters += [shared["top", tree], shared["scale", signs, node % 1024], shared["always"]]
             tree = tree << 1 | mixed(counters, stream.first["mantissa"], None, stream.bit)
         value = (node << min(mantissa, 3)) | (tree - (1 << min(mantissa, 3)))
         for _ in range(mantissa - 3):
@@ -342,14 +347,19 @@ def codes(stream: Stream, shape: Sequence[int], mantissa: int) -> list[int]:
         mantissa = max(*map(len, sides), 1).bit_length()
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     transposed, kernel, width = 0, max(1, math.prod(shape[2:])), shape[-1] if len(shape) > 3 else 0
-    if len(shape) == 2 and min(shape) > 1:
-        transposed, kernel, width = stream.number(), stream.number() + 1, stream.number()
-    factored = stream.flag(2) if min(rows, columns) >= 32 and mantissa <= 8 else 0
+    size = math.prod(shape[2:])
+    if len(shape) > 1 and min(shape[:2]) > 1:
+        transposed = stream.number()
+        if len(shape) == 2:
+            kernel, width = stream.number() + 1, stream.number()
     if transposed:
-        flat = integers(stream, columns, rows, kernel, width, mantissa, factored)
-        flat = [flat[j * rows + i] for i in range(rows) for j in range(columns)]
-    else:
-        flat = integers(stream, rows, columns, kernel, width, mantissa, factored)
+        rows, columns = shape[1], shape[0] * size
+    factored = stream.flag(2) if min(rows, columns) >= 32 and mantissa <= 8 else 0
+    flat = integers(stream, rows, columns, kernel, width, mantissa, factored)
+    if transposed:
+        flat = [
+            flat[(j * shape[0] + i) * size + k] for i in range(shape[0]) for j in range(shape[1]) for k in range(size)
+        ]
     if sides:
         flat = [-sides[0][-x - 1] if x < 0 else sides[1][x - 1] if x else 0 for x in flat]
     return flat
