@@ -76,3 +76,14 @@ def test_a_wrong_shape_is_refused() -> None:
 def test_load_takes_paths(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot read"):
         load(f"{tmp_path}/no.acz", trained)
+
+
+def test_biases_as_integers_take_few_values_and_few_bytes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 200), nn.ReLU(), nn.Linear(200, 4))
+    recipes = {choice: Recipe.of({"model:vectors": choice}) for choice in ("e8m2", "int3")}
+    files = {choice: pack(Weights(model), recipe) for choice, recipe in recipes.items()}
+    bias = tensors(unpack(files["int3"], model))["0.bias"]
+    assert len(bias.unique()) <= 8
+    assert (bias - model[0].bias).abs().mean() < 0.2 * model[0].bias.abs().mean()
+    assert len(files["int3"]) < len(files["e8m2"]) - 40
