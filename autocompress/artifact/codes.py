@@ -66,7 +66,7 @@ class Palette(NamedTuple):
 
 def _look_up(table: Array, places: Array, offset: int) -> Array:
     """table[places + offset], clipped, in parts: index arrays of numpy take 8 bytes a number."""
-    out, flat = np.empty_like(places), places.reshape(-1)
+    out, flat = np.empty(places.shape, places.dtype), places.reshape(-1)
     for part in range(0, flat.size, _SAMPLE):
         at = slice(part, part + _SAMPLE)
         out.reshape(-1)[at] = table[np.clip(flat[at] + offset, 0, len(table) - 1)]

@@ -49,6 +49,19 @@ def test_pruned_magnitudes_cost_nothing() -> None:
     assert len(written(codes, 5)) < 0.985 * plain(codes.reshape(40, -1), 5)
 
 
+def test_codes_come_back_whatever_their_order_in_memory() -> None:
+    """As the weights of convolutions in channels-last order are; with a palette, which looks them up."""
+    codes = np.random.default_rng(0).choice([-5, 0, 7], (6, 3, 3, 4)).astype(np.int32).transpose(0, 3, 1, 2)
+    assert np.array_equal(read_codes(CoderState(written(codes)), codes.shape, 0, 7), codes)
+
+
+def test_input_channels_first_when_they_differ() -> None:
+    rng = np.random.default_rng(0)
+    share = rng.random(24)[None, :, None, None] ** 2
+    codes = (rng.random((24, 24, 3, 3)) < share).astype(np.int32)
+    assert len(written(codes)) < 0.99 * plain(codes)
+
+
 def test_the_width_of_an_image_is_found_and_pays() -> None:
     rng = np.random.default_rng(0)
     picture = rng.normal(size=(30, 16 + 2, 20))
