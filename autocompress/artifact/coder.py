@@ -237,7 +237,7 @@ class CoderState:
 
 
 # with their types given, these are compiled once and not for each mixture of integer types that they are called with;
-# `_mixed`, where the time goes, LLVM must be told to inline
+# `_mixed`, where the time goes, LLVM must be told to inline; error_model: nothing is ever divided by zero
 @njit("void(i8[::1], u1[::1])", cache=True)
 def _shift_low(rc: Array, buffer: Array) -> None:
     """Write the settled top byte; carries run through the pending 0xFF bytes (as in LZMA)."""
@@ -398,13 +398,13 @@ def _add(factors: Array, to: int, line: int, times: int) -> None:
         factors[to, k] += (times * factors[line, k] + 32768) >> 16
 
 
-@njit("i8(i4[:, ::1], i8)", cache=True)
+@njit("i8(i4[:, ::1], i8)", cache=True, error_model="numpy")
 def _row_rate(factors: Array, line: int) -> int:
     """How far the factors of a row follow an error at this column, in 2^-16."""
     return (_ROW_RATE << 16) // (32768 + max(_product(factors, line, line) >> 16, 0))
 
 
-@njit("void(i4[:, ::1], i4[::1], i8[::1], i8, i8)", cache=True)
+@njit("void(i4[:, ::1], i4[::1], i8[::1], i8, i8)", cache=True, error_model="numpy")
 def _learn_columns(factors: Array, row: Array, rates: Array, energy: int, count: int) -> None:
     """After a row: the factors of the columns follow its errors (normalised least mean squares, in turn with those
     of the row), and the row's begin anew. energy: sum of the squares of the `count` codes so far."""
@@ -417,7 +417,7 @@ def _learn_columns(factors: Array, row: Array, rates: Array, energy: int, count:
     factors[0] = 0
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _code(
     mode: int,
     values: Array,
@@ -612,7 +612,7 @@ def _code(
             _learn_columns(factors, values[at + 1 - columns : at + 1], rates, squares, at + 1)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _code_floats(
     mode: int, values: Array, exponent: int, mantissa: int, memory: Array, rc: Array, buffer: Array
 ) -> None:
@@ -679,7 +679,7 @@ def _code_floats(
         signs = max(signs, 1 + (value >> (exponent + mantissa)))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _code_text(mode: int, text: Array, known: int, memory: Array, rc: Array, buffer: Array) -> None:
     """Bytes, each bit predicted by the 1, 2, 3 and 5 bytes before, by the word so far and by what
     followed the longest match. The first `known` bytes are learned, not coded."""
