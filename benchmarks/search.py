@@ -8,7 +8,7 @@ of epochs. Optuna's samplers start every trial from the original's weights. Ours
 one of 25 and one of 50 trials. Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate`
 (no price of bits), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast` (nothing is
 learned from parents and children). `max-size` is ours with a size to meet,
-`everything` ours in the space of every technique (all others: benchmarks/search.yaml).
+`everything` ours in the space of every technique (all others: `default`).
 
 Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's float32 file, and
 an error of twice the original's plus 5 points. One process a core; each finished job is a file in
@@ -113,7 +113,7 @@ Job = tuple[str, str, int, int]
 
 
 def space_for(method: str) -> ac.SearchSpace:
-    space = ac.SearchSpace.named("everything" if method == "everything" else Path(__file__).parent / "search.yaml")
+    space = ac.SearchSpace.named("everything" if method == "everything" else "default")
     model = {name: choices for name, choices in space.training.items() if name != "rate_penalty"}
     return replace(space, training=model) if method == "no-rate" else space
 
