@@ -109,8 +109,7 @@ _W_SIGN = _W_ZERO + 8 * 2
 _W_NODE = _W_SIGN + 8
 _W_FLOAT = _W_NODE + 8 * 2 * 40
 _W_SECOND = _W_FLOAT + 8 * 2
-_W_NONE = _W_SECOND + 8 * _LEVELS * 81
-_SIZE = _W_NONE + 8
+_W_END = _W_SECOND + 8 * _LEVELS * 81
 _FRESH = 1 << 29
 _INPUTS, _SEEN = 6, 7
 _LIMIT = 1020
@@ -128,6 +127,10 @@ _T_MATCH = _ORDERS * _TABLE
 _T_WEIGHTS = _T_MATCH + 2 * 32
 _T_HASH = _T_WEIGHTS + 8 * 18
 _T_SIZE = _T_HASH + 4096
+
+_W_NONE = max(_W_END, _T_SIZE)
+"""In the place of second weights: none. Behind all that learns, in the memory of tensors and in that of text."""
+_SIZE = _W_NONE + 8
 
 
 def _fresh_weights(memory: Array, first: int, end: int) -> None:
@@ -634,42 +637,19 @@ def _code_floats(
             continue
         node = 1
         for k in range(1 + exponent + top):
-            bit = (pattern >> (exponent + mantissa - k)) & 1
             if k <= exponent:
-                bit = _mixed(
-                    mode,
-                    rc,
-                    buffer,
-                    memory,
-                    bit,
-                    _W_FLOAT,
-                    _W_NONE,
-                    _S_FLOAT + signs * 512 + node,
-                    _S_FLOAT + (3 + (before & 31)) * 512 + node,
-                    _L_FLOAT + node,
-                    _S_FLOAT_NODE + node,
-                    _S_FLOAT_DEPTH + k,
-                    _S_ALWAYS,
-                )
+                vector = _W_FLOAT
+                a, b = _S_FLOAT + signs * 512 + node, _S_FLOAT + (3 + (before & 31)) * 512 + node
+                c, d, e = _L_FLOAT + node, _S_FLOAT_NODE + node, _S_FLOAT_DEPTH + k
             else:
+                vector = _W_FLOAT + 8
                 depth = k - 1 - exponent
                 scale = (node >> depth) & 1023
                 tree = (1 << depth) | (node & ((1 << depth) - 1))
-                bit = _mixed(
-                    mode,
-                    rc,
-                    buffer,
-                    memory,
-                    bit,
-                    _W_FLOAT + 8,
-                    _W_NONE,
-                    _S_TOP + signs * 8 + tree,
-                    _L_TOP + scale * 8 + tree,
-                    _L_TOP + tree,
-                    _S_TOP_NODE + tree,
-                    _S_TOP_SCALE + signs * 1024 + scale,
-                    _S_ALWAYS,
-                )
+                a, b = _S_TOP + signs * 8 + tree, _L_TOP + scale * 8 + tree
+                c, d, e = _L_TOP + tree, _S_TOP_NODE + tree, _S_TOP_SCALE + signs * 1024 + scale
+            bit = (pattern >> (exponent + mantissa - k)) & 1
+            bit = _mixed(mode, rc, buffer, memory, bit, vector, _W_NONE, a, b, c, d, e, _S_ALWAYS)
             node = (node << 1) | bit
         value = node - (1 << (1 + exponent + top))
         for k in range(mantissa - top - 1, -1, -1):
