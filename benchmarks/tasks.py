@@ -185,6 +185,12 @@ def lenet_300_100_short() -> Task:
     return _with_kept_original(task)
 
 
+def lenet_300_100_full() -> Task:
+    """MNIST; trials train on all 55,000 images, the original is kept in runs/."""
+    task = _task("lenet_300_100_full", mnist(), lenet_300_100_net, lambda x: x, 55_000, 20, 55_000, 6, VALIDATION)
+    return _with_kept_original(task)
+
+
 class RowReader(nn.Module):
     """A transformer that reads an image of 8 x 8 as a sequence of 8 rows: [N, 1, 8, 8] -> [N, 10]."""
 
@@ -219,6 +225,12 @@ def digit_rows_short() -> Task:
 def lenet5() -> Task:
     """MNIST; trials train on the first 10,000 images."""
     return _task("lenet5", mnist(), lenet5_net, lambda x: x, 55_000, 3, 10_000, 3, VALIDATION)
+
+
+def lenet5_full() -> Task:
+    """MNIST; trials train on all 55,000 images, the original is kept in runs/."""
+    task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 2, VALIDATION)
+    return _with_kept_original(task)
 
 
 def lenet5_short() -> Task:

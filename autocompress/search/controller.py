@@ -41,7 +41,7 @@ from autocompress.search.run_folder import (
 from autocompress.search.sampler import FrontierSampler
 from autocompress.search.samplers import check_sampler, make_sampler
 from autocompress.search.scheduler import is_dominated
-from autocompress.search.study import SearchStudy
+from autocompress.search.study import JOURNAL, SearchStudy
 from autocompress.sizes import format_size, parse_size
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.surgery import assign, tensors
@@ -121,7 +121,7 @@ def search(
         controller = Controller(folder, given, rules, settings, listener, named=isinstance(task, str))
         write_config(folder, rules, settings)
     except BaseException:
-        if not (folder / "study.journal").exists():
+        if not (folder / JOURNAL).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return controller.run()

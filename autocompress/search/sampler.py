@@ -52,10 +52,15 @@ _REACH = 0.2
 """Share of its levels that one dimension may move in one step."""
 
 
+def _is_permanent(dimension: str) -> bool:
+    """Whether its choices take something away for good."""
+    technique = structures().get(dimension)
+    return technique is not None and technique.permanent
+
+
 def _rebuilds(dimension: str) -> bool:
     """Whether its choices take something away for good, in ways that shapes alone do not tell."""
-    technique = structures().get(dimension)
-    return technique is not None and technique.permanent and technique.restores
+    return _is_permanent(dimension) and structures()[dimension].restores
 
 
 class Point:
@@ -126,6 +131,7 @@ class FrontierSampler(BaseSampler):
         self._ratios: dict[int, float] = {}
         self._bytes_forecast: tuple[int, BytesForecast] | None = None
         self._training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
+        self._permanent = {key: structures()[d.name] for key, d in self.dimensions.items() if _is_permanent(d.name)}
         rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
         # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
         # back: where there are other ways to fewer bytes it is not planned, but tried, one part at a time
@@ -320,10 +326,10 @@ class FrontierSampler(BaseSampler):
 
     def _follows(self, key: str, parent: Point, choice: Choice) -> bool:
         """Whether the parent can go on with this choice: what it took away for good does not come back."""
-        site, _, name = key.rpartition(":")
-        technique = structures().get(name)
-        if technique is None or not technique.permanent:
+        technique = self._permanent.get(key)
+        if technique is None:
             return True
+        site = key.rpartition(":")[0]
         return technique.follows(parent.chosen[key], choice) and not any(
             technique.voids(choice, site, dimension, other) for dimension, other in parent.rebuilt if other != site
         )

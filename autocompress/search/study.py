@@ -15,10 +15,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.errors import RunError
+from autocompress.search.journal import Journal
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
 
@@ -41,8 +41,9 @@ class SearchStudy:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"run {str(folder)!r} is in use by another process: wait for it or stop it") from None
+        self._journal = Journal(folder / JOURNAL)
         self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+            storage=JournalStorage(self._journal),
             study_name=STUDY_NAME,
             directions=["minimize", "maximize"],
             sampler=sampler,
@@ -84,7 +85,8 @@ class SearchStudy:
         """The next candidate, or None when the budget is spent."""
         if self.remaining() <= 0:
             return None
-        trial = self.study.ask(self._distributions)
+        with self._journal.at_once():
+            trial = self.study.ask(self._distributions)
         recipe = self.space.recipe(trial.params)
         parent = self.get(trial.number).user_attrs.get("parent")
         return TrialSpec(trial.number, recipe.to_json(), parent)
@@ -128,8 +130,9 @@ class SearchStudy:
 
     def _note(self, number: int, attributes: Mapping[str, Any]) -> None:
         storage, trial_id = self.study._storage, self.get(number)._trial_id
-        for key, value in attributes.items():
-            storage.set_trial_user_attr(trial_id, key, value)
+        with self._journal.at_once():
+            for key, value in attributes.items():
+                storage.set_trial_user_attr(trial_id, key, value)
 
 
 logging.getLogger("optuna").setLevel(logging.ERROR)

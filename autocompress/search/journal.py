@@ -1,0 +1,46 @@
+"""Optuna's journal, written once for all that is logged together: every write waits for the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from optuna.storages.journal import JournalFileBackend
+
+
+class Journal(JournalFileBackend):
+    """The file at `path`, for one process at a time. What a crash cut short at its end is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        with path.open("rb+") as file:
+            lines = [line for line in file if line.endswith(b"\n")]
+            file.truncate(sum(map(len, lines)))
+        self._written = len(lines)
+        self._held: list[dict[str, Any]] | None = None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is logged inside is read as always, but written at the end (also of what raises: it was read)."""
+        self._held = held = list[dict[str, Any]]()
+        try:
+            yield
+        finally:
+            self._held = None
+            if held:
+                self.append_logs(held)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        if self._held is None:
+            super().append_logs(logs)
+            self._written += len(logs)
+        else:
+            self._held += json.loads(json.dumps(logs))  # as they will be read from the file
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        if log_number_from < self._written or not self._held:
+            yield from super().read_logs(log_number_from)
+        yield from (self._held or [])[max(log_number_from - self._written, 0) :]

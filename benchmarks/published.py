@@ -1,0 +1,101 @@
+"""Our files against the sizes that papers report, on LeNet-300-100 and LeNet-5 with all of MNIST.
+
+    python -m benchmarks.published [--data ../shared/data] [--task lenet5] [--table]
+
+One search a task in runs/bench-published-*, taken up again where it was stopped; its front goes to
+benchmarks/results/published.json. 55,000 images train and 5,000 validate. Every file of the front, which validation
+chose, is measured on the 10,000 test images; papers tell the test error of the models that they report, and none says
+how those were chosen. Published bytes are those of the coded weights, ours those of the whole file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+import autocompress as ac
+
+RESULTS = Path(__file__).parent / "results" / "published.json"
+SEARCHES = {"lenet_300_100": (50, 0.97), "lenet5": (40, 0.985)}
+"""Task -> trials, and the least accuracy that is looked for."""
+PUBLISHED = {
+    "lenet_300_100": (
+        ("Deep Compression (Han et al., 2016)", 27_000, 1.58),
+        ("Soft weight sharing (Ullrich et al., 2017)", 16_700, 1.94),
+        ("EPR (Oktay et al., 2020)", 8_560, 1.9),
+    ),
+    "lenet5": (
+        ("Deep Compression (Han et al., 2016)", 44_000, 0.74),
+        ("Soft weight sharing (Ullrich et al., 2017)", 10_600, 0.97),
+        ("Weightless (Reagen et al., 2018)", 4_520, 1.0),
+        ("MIRACLE, lowest error (Havasi et al., 2019)", 3_030, 0.69),
+        ("EPR (Oktay et al., 2020)", 2_840, 1.0),
+        ("Bayesian compression, GHS (Louizos et al., 2017)", 2_300, 1.0),
+        ("MIRACLE, smallest (Havasi et al., 2019)", 1_520, 0.96),
+    ),
+}
+"""Task -> (method, bytes, test error in percent). Soft weight sharing states ratios, 64 and 162; the others bytes."""
+
+
+def search(name: str, workers: int | None) -> dict[str, Any]:
+    budget, least = SEARCHES[name]
+    run = Path("runs") / f"bench-published-{name}"
+    if run.exists():
+        front = ac.resume(run, budget=budget, workers=workers)
+    else:
+        task = f"benchmarks.tasks:{name}_full"
+        front = ac.search(task, budget, min_accuracy=least, workers=workers, run=run)
+    points = [(p.size_bytes, p.val_accuracy, p.test_accuracy) for p in front]
+    return {"base": vars(front.base), "front": points}
+
+
+def table(name: str, result: dict[str, Any]) -> Table:
+    """A line for each published point: our smallest file of at most that error, and our best of at most those bytes."""
+    base = result["base"]
+    title = f"{name}: {base['size_bytes']:,} bytes, test error {100 * (1 - base['test_accuracy']):.2f}%"
+    shown = Table(title=title, title_justify="left", box=MARKDOWN)
+    columns = ("published", "bytes", "test error, %", "our bytes at that error", "our test error at those bytes, %")
+    for column in columns:
+        shown.add_column(column, justify="left" if column == "published" else "right")
+    ours = [(size, round(100 * (1 - test), 2)) for size, _, test in result["front"]]
+    for method, size, error in PUBLISHED[name]:
+        smaller = min((s for s, e in ours if e <= error), default=None)
+        better = min((e for s, e in ours if s <= size), default=None)
+        shown.add_row(
+            method,
+            f"{size:,}",
+            f"{error:.2f}",
+            f"{smaller:,}" if smaller else "-",
+            f"{better:.2f}" if better is not None else "-",
+        )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with mnist/")
+    parser.add_argument("--task", choices=[*SEARCHES], action="append")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--table", action="store_true", help="print the results there are")
+    given = parser.parse_args()
+    if given.data:
+        os.environ["AUTOCOMPRESS_DATA"] = given.data
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    out = Console(width=140)
+    for name in given.task or [*SEARCHES]:
+        if not given.table:
+            results[name] = search(name, given.workers)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        if name in results:
+            out.print(table(name, results[name]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The journal: one write for what is logged together, the same trials when read again, a torn end dropped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+
+from autocompress.search.journal import Journal
+from autocompress.search.profile import Profile
+from autocompress.search.study import JOURNAL
+from search.conftest import Outcome, drive
+from search.test_study import study_of
+
+
+def study_in(path: Path) -> tuple[Journal, optuna.Study]:
+    journal = Journal(path)
+    return journal, optuna.create_study(storage=JournalStorage(journal), study_name="s", load_if_exists=True)
+
+
+def test_an_ask_waits_for_the_disk_once(
+    profile: Profile, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path, profile)
+    waits: list[int] = []
+    monkeypatch.setattr(os, "fsync", waits.append)
+    spec = study.ask()
+    assert spec is not None
+    assert len(waits) == 1
+    study.tell(spec.number, outcome(spec))
+    assert len(waits) == 3, "its attributes, and its values"
+
+
+def test_what_was_written_at_once_is_read_again(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile)
+    drive(study, outcome)
+    before = study.trials()
+    study.close()
+    assert study_of(tmp_path, profile).trials() == before
+
+
+def test_what_is_logged_before_an_error_is_kept(tmp_path: Path) -> None:
+    journal, study = study_in(tmp_path / "j")
+
+    def interrupted() -> None:
+        with journal.at_once():
+            study.ask().set_user_attr("a", (1, 2))
+            assert study.trials[0].user_attrs == {"a": [1, 2]}, "as it will be read from the file"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    study.ask()
+    assert [t.user_attrs for t in study.trials] == [{"a": [1, 2]}, {}]
+    assert study_in(tmp_path / "j")[1].trials == study.trials
+
+
+def test_what_a_crash_cut_short_is_dropped(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile)
+    spec = study.ask()
+    assert spec is not None
+    study.tell(spec.number, outcome(spec))
+    study.close()
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(b'{"op_code":4,"worker_')
+    study = study_of(tmp_path, profile)
+    drive(study, outcome)
+    study.close()
+    assert len(study_of(tmp_path, profile).complete()) == 8
