@@ -3,9 +3,10 @@
     python -m benchmarks.proposals
 
 A made-up model of 200 layers (8 sparsities x 8 bit widths each, a group of channels for every two), its effects and
-bytes by formula; finished trials are random recipes, told by formula too, in Optuna's memory and, the first 50, in a run's journal.
-Prints the median time of ten proposals, what of it is the sampler's (the rest is Optuna's, which keeps 500 parameters a
-trial), and that of a plan alone (also for 1,000 layers of 100 choices), and writes benchmarks/results/proposals.json.
+bytes by formula; finished trials are random recipes, told by formula too, in Optuna's memory and, the first 50, in a
+run's journal. Prints the median time of ten proposals, what of it is the sampler's (the rest is Optuna's, which keeps
+500 parameters a trial), and that of a plan alone (also for 1,000 layers of 100 choices), and writes
+benchmarks/results/proposals.json.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ class _Timed(ac.FrontierSampler):
 
 
 def proposals(profile: ac.Profile, folder: Path | None = None) -> dict[int, list[tuple[float, float]]]:
-    """Number of finished trials -> (seconds, of them the sampler's) of the ten proposals that follow. folder: of a run."""
+    """Number of finished trials -> (seconds, of them the sampler's) of the ten proposals that follow.
+
+    folder: of a run, whose journal keeps the trials.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = _Timed(profile, 2 * max(COUNTS), 0.99)
     run = SearchStudy(folder, profile.space, 2 * max(COUNTS), sampler) if folder else None

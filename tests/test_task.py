@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,20 @@ def test_the_metric_is_weighted_by_batch_size() -> None:
     batches = [(torch.zeros(1, 3), torch.zeros(1)), (torch.ones(3, 3), torch.zeros(3))]
     task = linear_task(val=batches, metric=lambda output, target: float(len(target) == 3))
     assert measure(task, task.build(), "val") == 0.75
+
+
+def test_as_many_right_answers_are_as_good_in_whichever_batches() -> None:
+    inputs = torch.zeros(3 * 7, 2)
+    inputs[:, 1] = 1.0
+    labels = torch.zeros(3 * 7, dtype=torch.int64)
+
+    def measured(right: Sequence[int]) -> float:
+        targets = labels.clone()
+        targets[list(right)] = 1
+        batches = list(zip(inputs.split(7), targets.split(7), strict=True))
+        return measure(Task(nn.Identity(), train=batches, val=batches, test=batches), nn.Identity(), "val")
+
+    assert len({measured(right) for right in itertools.combinations(range(0, 21, 2), 5)}) == 1
 
 
 def test_measuring_leaves_the_mode_alone() -> None:
