@@ -46,6 +46,9 @@ class Dimension(Protocol):
     def available(self, choice: Choice) -> bool:
         """Whether this machine can do it."""
 
+    def pays(self, choice: Choice) -> bool:
+        """Whether this machine gains anything by it, where others are offered."""
+
     def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
         """Whether this part of the model can have it."""
 
@@ -208,6 +211,7 @@ class SearchSpace:
                     if site != MODEL and name in named and fnmatchcase(site, pattern):
                         choices = named[name]
                 choices = tuple(c for c in choices if dimension.available(c) and dimension.fits(c, site, anatomy))
+                choices = tuple(c for c in choices if dimension.pays(c)) or choices
                 if choices and choices != (dimension.default,):
                     bound.append(BoundDimension(site, name, choices, dimension.default))
         if not bound:

@@ -26,7 +26,8 @@ def test_packaged_spaces_bind(anatomy: Anatomy) -> None:
         assert len(SearchSpace.named(name).bind(anatomy)) > 0
 
 
-def test_default_space_holds_all_four_kinds(anatomy: Anatomy) -> None:
+def test_default_space_holds_all_four_kinds(anatomy: Anatomy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     names = {d.name for d in SearchSpace.named("default").bind(anatomy)}
     assert {"channels", "sparsity", "weights", "activation_bits", "activation", "precision"} <= names
 

@@ -68,6 +68,10 @@ class Technique(ABC):
         """Whether this machine can do it; a choice that is not available is left out of the space."""
         return True
 
+    def pays(self, choice: Choice) -> bool:
+        """Whether this machine gains anything by it; if not, it is left out where others are offered."""
+        return True
+
     def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
         """Whether the part of the model at `site` can have it; if not, it is left out of the space there."""
         return True
@@ -284,6 +288,9 @@ class _CodingDimension:
         return str(raw)
 
     def available(self, choice: Choice) -> bool:
+        return True
+
+    def pays(self, choice: Choice) -> bool:
         return True
 
     def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:

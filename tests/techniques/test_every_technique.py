@@ -113,7 +113,7 @@ def test_every_file_is_in_the_table_and_the_table_in_the_docs() -> None:
 
 def test_a_trial_tells_activation_sparsity_and_what_a_step_costs(tmp_path: Path) -> None:
     task = small_digits(1)
-    text = "{layers: {'*': {activation: [keep, fatrelu-0.8]}}, model: {precision: [float32, bfloat16]}}"
+    text = "{layers: {'*': {activation: [keep, fatrelu-0.8]}}, model: {precision: [bfloat16]}}"
     space = SearchSpace.parse(text).bind(anatomy_of(task))
     workshop = Workshop(task, task.build(), space, tmp_path, 0)
     recipe = Recipe.of({"2:activation": "fatrelu-0.8", f"{MODEL}:precision": "bfloat16"})

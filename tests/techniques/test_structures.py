@@ -13,6 +13,8 @@ from torch import nn
 
 from autocompress.anatomy import read_anatomy
 from autocompress.errors import SpaceError
+from autocompress.recipe import Choice
+from autocompress.space import SearchSpace
 from autocompress.task import Task
 from autocompress.techniques.base import maskings, structures, trainings
 from autocompress.techniques.channels import kept_channels
@@ -200,6 +202,23 @@ def test_neutral_choices_change_nothing() -> None:
         technique.apply(model, dict.fromkeys(technique.sites(anatomy), technique.default), run)
     assert torch.equal(run(model), expected)
     assert bool(SPARSITY.mask(torch.randn(9), SPARSITY.default).all())
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_is_left_out_where_the_machine_has_no_arithmetic_for_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has}, raising=False)
+    task = zoo_task("residual")
+    anatomy = read_anatomy(task.build(), run_of(task))
+
+    def offered(choices: str) -> list[tuple[Choice, ...]]:
+        space = SearchSpace.parse(f"{{layers: {{'*': {{weights: [int4]}}}}, model: {{precision: {choices}}}}}")
+        return [d.choices for d in space.bind(anatomy) if d.name == "precision"]
+
+    assert offered("[float32, bfloat16]") == ([("float32", "bfloat16")] if has else [])
+    assert offered("[bfloat16, float16]") == [("bfloat16",)], "it can be had"
 
 
 def test_precision_modes() -> None:
