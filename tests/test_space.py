@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import zoo_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
