@@ -53,6 +53,14 @@ class SearchStudy:
             warnings.simplefilter("ignore")
             self.study.set_metric_names(["size_bytes", "val_accuracy"])
         self._distributions: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in space}
+        for key, before in {k: d for trial in self.trials() for k, d in trial.distributions.items()}.items():
+            if key in self._distributions and self._distributions[key] != before:
+                self._lock.close()
+                raise RunError(
+                    f"run {str(folder)!r} was started where {key} had the choices {_listed(before)}, here it has "
+                    f"{_listed(self._distributions[key])}: resume it on such a machine and with its own space, or "
+                    "start a new run"
+                )
 
     def close(self) -> None:
         self._lock.close()
@@ -133,6 +141,10 @@ class SearchStudy:
         with self._journal.at_once():
             for key, value in attributes.items():
                 storage.set_trial_user_attr(trial_id, key, value)
+
+
+def _listed(distribution: BaseDistribution) -> str:
+    return ", ".join(map(str, getattr(distribution, "choices", ())))
 
 
 logging.getLogger("optuna").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from autocompress.search.profile import Profile
 from autocompress.search.samplers import make_sampler
 from autocompress.search.scheduler import is_dominated
 from autocompress.search.study import SearchStudy
+from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult
 from search.conftest import BASE_ACCURACY, Outcome, drive
 
@@ -72,6 +74,18 @@ def test_one_process_at_a_time(profile: Profile, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="in use by another process"):
         study_of(tmp_path, profile)
     study.close()
+    study_of(tmp_path, profile).close()
+
+
+def test_other_choices_than_those_of_the_run_are_refused(profile: Profile, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile)
+    study.ask()
+    study.close()
+    key = next(iter(profile.space)).key
+    fewer = BoundSpace(tuple(replace(d, choices=d.choices[:-1]) if d.key == key else d for d in profile.space))
+    for _ in range(2):
+        with pytest.raises(RunError, match=f"was started where {key} had the choices .*: resume it on such a machine"):
+            SearchStudy(tmp_path, fewer, 8)
     study_of(tmp_path, profile).close()
 
 
