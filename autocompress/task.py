@@ -23,8 +23,7 @@ Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
 def accuracy(output: Tensor, target: Tensor) -> float:
     """Share of right classes; `output` float [N, C, ...], `target` int64 [N, ...]."""
-    right = output.argmax(1) == target
-    return right.sum().item() / right.numel()
+    return (output.argmax(1) == target).cpu().double().mean().item()
 
 
 @dataclass

@@ -36,6 +36,7 @@ from autocompress.artifact.container import Plan, decode_artifact, encode_artifa
 from autocompress.recipe import Recipe
 from autocompress.techniques.base import coding_of
 from benchmarks.peers import Array, Layout, peers
+from benchmarks.searches import front_of
 
 RESULTS = Path(__file__).parent / "results" / "artifact.json"
 TASKS = {"digits": 50, "lenet_300_100": 14, "lenet5": 14, "resnet20": 8}
@@ -45,15 +46,11 @@ SMALL = 1000
 out = Console(width=140)
 
 
-def front_of(name: str, budget: int) -> ac.ParetoFront:
-    """The front of the finished search, made now when it is not there yet."""
-    folder = Path("runs") / f"bench-{name}"
-    if (folder / "front.png").is_file():
-        return ac.ParetoFront.read(folder)
-    out.print(f"searching {name}: {budget} trials ...")
-    if (folder / "config.yaml").is_file():
-        return ac.resume(folder)
-    return ac.search("digits" if name == "digits" else f"benchmarks.tasks:{name}", budget, run=folder)
+def tensors_front(name: str) -> ac.ParetoFront:
+    """The front whose files hold the tensors of a task."""
+    out.print(f"{name}: a search of {TASKS[name]} trials ...")
+    task = "digits" if name == "digits" else f"benchmarks.tasks:{name}"
+    return front_of(Path("runs") / f"bench-{name}", task, TASKS[name])
 
 
 def operating_points(front: ac.ParetoFront) -> list[ac.FrontPoint]:
@@ -78,7 +75,7 @@ def codes_of(path: Path) -> tuple[dict[str, tuple[Array, Layout, int]], int, int
 def real_models(names: list[str]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
-        front = front_of(name, TASKS[name])
+        front = tensors_front(name)
         for point in operating_points(front):
             tensors, header, size = codes_of(point.path)
             layers = sum(1 for codes, _, _ in tensors.values() if codes.ndim > 1)
@@ -264,7 +261,7 @@ def main() -> None:
         out.print(f"{100 * row['zeros']:.0f}% zeros, int4: encode {encode:.1f}, decode {decode:.1f} M weights/s")
     multiples = memory(10 << 20)
     out.print(f"peak memory / decoded tensor: {multiples}")
-    call = first_call(front_of("digits", TASKS["digits"]).points[0].path)
+    call = first_call(tensors_front("digits").points[0].path)
     out.print(f"seconds of the first call in a fresh process: {call}")
     errors = estimates(names)
     for name, values in errors.items():

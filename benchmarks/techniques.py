@@ -24,6 +24,7 @@ from rich.table import Table
 import autocompress as ac
 from autocompress.front import hypervolume
 from autocompress.space import SearchSpace
+from benchmarks.searches import front_of
 
 RESULTS = Path(__file__).parent / "results" / "techniques.json"
 FOLDER = Path("runs") / "bench-techniques"
@@ -103,23 +104,14 @@ def space_of(row: str) -> SearchSpace | str:
     return SearchSpace.parse(f"layers: {{'*': {{{layers}}}}}\n" + (f"model: {{{model}}}" if model else ""), row, row)
 
 
-def front_of(task: str, row: str) -> ac.ParetoFront:
-    """The front of the finished search, made now when it is not there yet."""
-    folder = FOLDER / task / "".join(letter if letter.isalnum() else "-" for letter in row)
-    if (folder / "front.png").is_file():
-        return ac.ParetoFront.read(folder)
-    if (folder / "config.yaml").is_file():
-        return ac.resume(folder)
-    return ac.search(TASKS[task][0], trials(task, row), space=space_of(row), run=folder)
-
-
 def trials(task: str, row: str) -> int:
     return max(4, round(TASKS[task][1] * ROWS[row][0]))
 
 
 def measured(task: str, row: str) -> dict[str, Any]:
     began = time.monotonic()
-    front = front_of(task, row)
+    folder = FOLDER / task / "".join(letter if letter.isalnum() else "-" for letter in row)
+    front = front_of(folder, TASKS[task][0], trials(task, row), space=space_of(row))
     base, points = front.base, list(front)
     worst = 0.1  # of the majority class, about
     result = {

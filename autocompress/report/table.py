@@ -10,15 +10,9 @@ from autocompress.front import ParetoFront
 def front_table(front: ParetoFront) -> Table:
     """One row a file, largest first; the first row is the original."""
     table = Table(title=f"{front.task}: {len(front)} files on the front, in {front.folder}", title_justify="left")
-    for name, justify in (
-        ("bytes", "right"),
-        ("ratio", "right"),
-        ("val", "right"),
-        ("test", "right"),
-        ("trial", "right"),
-        ("file", "left"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=name != "file", overflow="fold")  # type: ignore[arg-type]
+    for name in ("bytes", "ratio", "val", "test", "trial", "file"):
+        left = name == "file"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     base = front.base
     table.add_row(
         f"{base.size_bytes:,}",

@@ -35,7 +35,27 @@ from autocompress.space import dimensions, register_dimension
 from autocompress.task import Calibration
 
 
-class Technique(ABC):
+class _Unrestricted:
+    """Every choice can be had on every machine, everywhere, and voids nothing, unless a technique says otherwise."""
+
+    def available(self, choice: Choice) -> bool:
+        """Whether this machine can do it; a choice that is not available is left out of the space."""
+        return True
+
+    def pays(self, choice: Choice) -> bool:
+        """Whether this machine gains anything by it; if not, it is left out where others are offered."""
+        return True
+
+    def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
+        """Whether the part of the model at `site` can have it; if not, it is left out of the space there."""
+        return True
+
+    def voids(self, choice: Choice, site: str, dimension: str, other: str) -> bool:
+        """Whether `choice` at `site` leaves nothing to choose in `dimension` at `other`."""
+        return False
+
+
+class Technique(_Unrestricted, ABC):
     """name: its dimension. default: the choice that changes nothing. voiding: whether a choice of it can leave
     others nothing to do (see `voids`)."""
 
@@ -63,22 +83,6 @@ class Technique(ABC):
     @abstractmethod
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         """Names of the parts of a model where the dimension exists."""
-
-    def available(self, choice: Choice) -> bool:
-        """Whether this machine can do it; a choice that is not available is left out of the space."""
-        return True
-
-    def pays(self, choice: Choice) -> bool:
-        """Whether this machine gains anything by it; if not, it is left out where others are offered."""
-        return True
-
-    def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
-        """Whether the part of the model at `site` can have it; if not, it is left out of the space there."""
-        return True
-
-    def voids(self, choice: Choice, site: str, dimension: str, other: str) -> bool:
-        """Whether `choice` at `site` leaves nothing to choose in `dimension` at `other`."""
-        return False
 
 
 class StructureTechnique(Technique):
@@ -273,7 +277,7 @@ class TrainingTechnique(Technique):
         return weights.scaled.round()
 
 
-class _CodingDimension:
+class _CodingDimension(_Unrestricted):
     """The union of codings as one dimension of the space."""
 
     default: Choice = "float32"
@@ -286,18 +290,6 @@ class _CodingDimension:
         if raw not in coding_choices():
             raise SpaceError(f"choice {raw!r} does not exist; choose from {', '.join(map(str, coding_choices()))}")
         return str(raw)
-
-    def available(self, choice: Choice) -> bool:
-        return True
-
-    def pays(self, choice: Choice) -> bool:
-        return True
-
-    def fits(self, choice: Choice, site: str, anatomy: Anatomy) -> bool:
-        return True
-
-    def voids(self, choice: Choice, site: str, dimension: str, other: str) -> bool:
-        return False
 
 
 _STRUCTURES: dict[str, StructureTechnique] = {}
