@@ -24,6 +24,7 @@ one file: numba's cache follows the file of a function, and does not see changes
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,7 +184,8 @@ class CoderState:
             means = np.zeros((2, columns), np.int32)
             sizes = (rows, columns, scan.kernel, scan.width, mantissa)
             factors = np.zeros((1 + columns * scan.factors, RANK), np.int32)
-            _code(self.mode, flat, sizes, self.memory, self.range, self.buffer, means[0], means[1], factors)
+            rates = np.zeros(columns, np.int64)
+            _code(self.mode, flat, sizes, self.memory, self.range, self.buffer, means[0], means[1], factors, rates)
 
     def code_text(self, text: Array) -> None:
         """Encode bytes uint8 [n], or fill them by decoding; the model knows `DICTIONARY` beforehand."""
@@ -192,7 +194,8 @@ class CoderState:
         _fresh_weights(memory, _T_WEIGHTS, _T_WEIGHTS + 8 * 2)
         self._make_room(3 * len(text))
         whole = np.concatenate([DICTIONARY, text])
-        _code_text(self.mode, whole, len(DICTIONARY), memory, self.range, self.buffer)
+        slots, hashes = np.zeros((2, _ORDERS), np.int64)
+        _code_text(self.mode, whole, len(DICTIONARY), memory, self.range, self.buffer, slots, hashes)
         text[:] = whole[len(DICTIONARY) :]
 
     def number(self, value: int = 0) -> int:
@@ -239,9 +242,25 @@ class CoderState:
         return stream[: max(len(stream.rstrip(b"\0")), len(stream) - 4)]
 
 
-# with their types given, these are compiled once and not for each mixture of integer types that they are called with;
-# `_mixed`, where the time goes, LLVM must be told to inline; error_model: nothing is ever divided by zero
-@njit("void(i8[::1], u1[::1])", cache=True)
+# Compiling takes seconds, once on a machine, so: types are given, or each mixture of integer types that a function is
+# called with would be compiled; functions that only compiled ones call have no way in from Python (to call one from
+# there crashes); min, max and new arrays, which numba would compile too, are not used. error_model: nothing is ever
+# divided by zero. `_mixed`, where the time of coding goes, LLVM must be told to inline.
+_compiled = partial(njit, cache=True, error_model="numpy", no_cfunc_wrapper=True)
+_inner = partial(_compiled, no_cpython_wrapper=True)
+
+
+@_inner("i8(i8, i8)")
+def _min(a: int, b: int) -> int:
+    return a if a < b else b
+
+
+@_inner("i8(i8, i8)")
+def _max(a: int, b: int) -> int:
+    return a if a > b else b
+
+
+@_compiled("void(i8[::1], u1[::1])")
 def _shift_low(rc: Array, buffer: Array) -> None:
     """Write the settled top byte; carries run through the pending 0xFF bytes (as in LZMA)."""
     low = rc[0]
@@ -263,7 +282,7 @@ def _shift_low(rc: Array, buffer: Array) -> None:
     rc[0] = (low & 0x00FFFFFF) << 8
 
 
-@njit("i8(i8, i8[::1], u1[::1], i8, i8)", cache=True)
+@_inner("i8(i8, i8[::1], u1[::1], i8, i8)")
 def _bit(mode: int, rc: Array, buffer: Array, p: int, bit: int) -> int:
     """Code one bit whose probability of being 1 is p / 65536."""
     if mode == LEARN:
@@ -296,7 +315,7 @@ def _bit(mode: int, rc: Array, buffer: Array, p: int, bit: int) -> int:
     return bit
 
 
-@njit("void(i4[::1], u8, i8)", cache=True)
+@_inner("void(i4[::1], u8, i8)")
 def _update(memory: Array, slot: int, bit: int) -> None:
     state = memory[slot]
     n = state & 1023
@@ -306,16 +325,16 @@ def _update(memory: Array, slot: int, bit: int) -> None:
     memory[slot] = (p << 10) | (n + 1 if n < _LIMIT else n)
 
 
-@njit("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8)", cache=True)
+@_compiled("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8)")
 def _direct(mode: int, rc: Array, buffer: Array, memory: Array, slot: int, bit: int) -> int:
     """A bit with one context."""
-    p = min(max(memory[slot] >> 14, _P_MIN), 65536 - _P_MIN)
+    p = _min(_max(memory[slot] >> 14, _P_MIN), 65536 - _P_MIN)
     bit = _bit(mode, rc, buffer, p, bit)
     _update(memory, slot, bit)
     return bit
 
 
-@njit("i8(i4[::1], u8)", cache=True)
+@_inner("i8(i4[::1], u8)")
 def _stretched(memory: Array, slot: int) -> int:
     """What a counter believes, in the logistic domain; the more bits it has seen, the louder."""
     state = np.uint32(memory[slot])
@@ -323,7 +342,7 @@ def _stretched(memory: Array, slot: int) -> int:
     return belief
 
 
-@njit("void(i4[::1], i8, i8, u8, i8, i8, i8)", cache=True)
+@_inner("void(i4[::1], i8, i8, u8, i8, i8, i8)")
 def _learn(memory: Array, first: int, second: int, slot: int, belief: int, error: int, bit: int) -> None:
     """One of the predictions has seen its bit: the weights that it was mixed by and its counter follow."""
     step = (belief * error + 131072) >> 18
@@ -333,7 +352,7 @@ def _learn(memory: Array, first: int, second: int, slot: int, belief: int, error
     _update(memory, slot, bit)
 
 
-@njit("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8, i8, u8, u8, u8, u8, u8, u8)", cache=True, forceinline=True)
+@_inner("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8, i8, u8, u8, u8, u8, u8, u8)", forceinline=True)
 def _mixed(
     mode: int,
     rc: Array,
@@ -363,7 +382,7 @@ def _mixed(
         + se * (memory[first + 4] + memory[second + 4])
         + sf * (memory[first + 5] + memory[second + 5])
     )
-    p = _SQUASH[min(max(dot >> 16, -2048), 2047) + 2048]
+    p = _SQUASH[_min(_max(dot >> 16, -2048), 2047) + 2048]
     bit = _bit(mode, rc, buffer, p, bit)
     seen = memory[first + _SEEN]
     memory[first + _SEEN] = seen + 1 if seen < 4095 else seen
@@ -377,7 +396,7 @@ def _mixed(
     return bit
 
 
-@njit("i8(i8, i8)", cache=True)
+@_inner("i8(i8, i8)")
 def _near(value: int, unit: int) -> int:
     """A signed neighbour in 7 levels against `unit`, in the same scale: 3 is about zero."""
     size = abs(value)
@@ -385,7 +404,7 @@ def _near(value: int, unit: int) -> int:
     return 3 - level if value < 0 else 3 + level
 
 
-@njit("i8(i4[:, ::1], i8, i8)", cache=True)
+@_inner("i8(i4[:, ::1], i8, i8)")
 def _product(factors: Array, line: int, other: int) -> int:
     """Of two lines of factors, in 2^-32. Those of the present row stand in line 0, those of column c in line c + 1."""
     total = 0
@@ -394,33 +413,34 @@ def _product(factors: Array, line: int, other: int) -> int:
     return total
 
 
-@njit("void(i4[:, ::1], i8, i8, i8)", cache=True)
+@_inner("void(i4[:, ::1], i8, i8, i8)")
 def _add(factors: Array, to: int, line: int, times: int) -> None:
     """Add a multiple, in 2^-16, of one line to another."""
     for k in range(factors.shape[1]):
         factors[to, k] += (times * factors[line, k] + 32768) >> 16
 
 
-@njit("i8(i4[:, ::1], i8)", cache=True, error_model="numpy")
+@_inner("i8(i4[:, ::1], i8)")
 def _row_rate(factors: Array, line: int) -> int:
     """How far the factors of a row follow an error at this column, in 2^-16."""
-    return (_ROW_RATE << 16) // (32768 + max(_product(factors, line, line) >> 16, 0))
+    return (_ROW_RATE << 16) // (32768 + _max(_product(factors, line, line) >> 16, 0))
 
 
-@njit("void(i4[:, ::1], i4[::1], i8[::1], i8, i8)", cache=True, error_model="numpy")
+@_inner("void(i4[:, ::1], i4[::1], i8[::1], i8, i8)")
 def _learn_columns(factors: Array, row: Array, rates: Array, energy: int, count: int) -> None:
     """After a row: the factors of the columns follow its errors (normalised least mean squares, in turn with those
     of the row), and the row's begin anew. energy: sum of the squares of the `count` codes so far."""
-    norm = max(_product(factors, 0, 0) >> 16, 0)
+    norm = _max(_product(factors, 0, 0) >> 16, 0)
     rate = (_COLUMN_RATE << 16) // ((energy << 15) // count + norm + 1)
     for c in range(len(row)):
         error = (row[c] << 16) - (_product(factors, 0, c + 1) >> 16)
         _add(factors, c + 1, 0, (error * rate) >> 16)
         rates[c] = _row_rate(factors, c + 1)
-    factors[0] = 0
+    for k in range(factors.shape[1]):
+        factors[0, k] = 0
 
 
-@njit(cache=True, error_model="numpy")
+@_compiled()
 def _code(
     mode: int,
     values: Array,
@@ -431,11 +451,12 @@ def _code(
     column_size: Array,
     column_mean: Array,
     factors: Array,
+    rates: Array,
 ) -> None:
     """Integers. Running means are in 2^-fine of a code, their levels in half octaves. factors: int32
     [1 + columns, RANK], or of one line: none."""
     rows, columns, kernel, width, mantissa = sizes
-    shift = max(11 - mantissa, 0)
+    shift = _max(11 - mantissa, 0)
     offset = 160 - 16 * shift
     fine = shift + 8
     tensor_size = (3 << fine) // 10  # mean magnitude of all codes
@@ -443,7 +464,6 @@ def _code(
     nonzeros = 0
     l0, l1, l2, l3, l4 = 6554, 0, 5243, 0, 65536  # coefficients of the linear prediction, in 2^-16
     factored = len(factors) > 1
-    rates = np.zeros(columns, np.int64)
     squares = 0
     if factored:
         seed = 1
@@ -477,11 +497,11 @@ def _code(
                 north = values[at - width]
                 northwest = values[at - width - 1] if c > width else 0
             # --- what to expect ---
-            log_tensor = _LOG[min(tensor_size >> 8, 4095)]
-            log_row = _LOG[min(row_size >> 8, 4095)]
-            log_column = _LOG[min(column_size[c] >> 8, 4095)]
-            level = min(max((log_tensor + offset) >> 3, 0), 31)
-            expected = min(max((log_row + log_column - log_tensor + offset) >> 3, 0), 31)
+            log_tensor = _LOG[_min(tensor_size >> 8, 4095)]
+            log_row = _LOG[_min(row_size >> 8, 4095)]
+            log_column = _LOG[_min(column_size[c] >> 8, 4095)]
+            level = _min(_max((log_tensor + offset) >> 3, 0), 31)
+            expected = _min(_max((log_row + log_column - log_tensor + offset) >> 3, 0), 31)
             near_w = _near(west << fine, nonzero_size)
             near_n = _near(north << fine, nonzero_size)
             near = near_w * 7 + near_n
@@ -490,17 +510,17 @@ def _code(
             prediction = 0
             linear = 7
             energy = west * west + west2 * west2 + north * north + northwest * northwest
-            unit = max(tensor_size >> shift, 1)
+            unit = _max(tensor_size >> shift, 1)
             product = 0
             if factored:
-                product = min(max(_product(factors, 0, c + 1) >> 24, -_FAR), _FAR)
+                product = _min(_max(_product(factors, 0, c + 1) >> 24, -_FAR), _FAR)
             if energy or product:
                 prediction = ((l0 * west + l1 * west2 + l2 * north + l3 * northwest) >> 8) + ((l4 * product) >> 16)
-                linear = min((abs(prediction) * 4 + (unit >> 1)) // unit, 7)
+                linear = _min((abs(prediction) * 4 + (unit >> 1)) // unit, 7)
                 linear = 7 - linear if prediction < 0 else 7 + linear
             # --- zero or not ---
             x = values[at]
-            place = min(inside, 63)
+            place = _min(inside, 63)
             magnitude = 0
             if _mixed(
                 mode,
@@ -510,8 +530,8 @@ def _code(
                 x != 0,
                 zero_weights,
                 _W_NONE,
-                _L_COLUMN + min(max((log_column + offset) >> 3, 0), 31),
-                _L_ROW + min(max((log_row + offset) >> 3, 0), 31),
+                _L_COLUMN + _min(_max((log_column + offset) >> 3, 0), 31),
+                _L_ROW + _min(_max((log_row + offset) >> 3, 0), 31),
                 _L_PLACE + place,
                 _L_NEAR + near,
                 _S_ZERO_NEAR + near * _LEVELS + level,
@@ -547,9 +567,9 @@ def _code(
                 growing = mantissa > 0
                 while growing or below > 0:
                     if growing:
-                        node, vector, decision = min(bits, 15), min(bits, 9), 1 if length > bits else 0
+                        node, vector, decision = _min(bits, 15), _min(bits, 9), 1 if length > bits else 0
                     else:
-                        node, vector = min(16 + coded, _NODES - 1), 10 + min(bits - below, 3) + 4 * min(bits, 6)
+                        node, vector = _min(16 + coded, _NODES - 1), 10 + _min(bits - below, 3) + 4 * _min(bits, 6)
                         decision = (magnitude >> (below - 1)) & 1
                     signed = 2 * node + negative
                     vector = 8 * (2 * vector + negative)
@@ -577,7 +597,7 @@ def _code(
                         below -= 1
                 magnitude = coded
                 x = -magnitude if negative else magnitude
-                nonzero_size += (((magnitude << fine) - nonzero_size) * _RATE[min(nonzeros, 1023)]) >> 16
+                nonzero_size += (((magnitude << fine) - nonzero_size) * _RATE[_min(nonzeros, 1023)]) >> 16
                 nonzeros += 1
             else:
                 x = 0
@@ -598,12 +618,12 @@ def _code(
                 l4 += (factor * product) >> 16
             size = magnitude << fine
             signed_size = x << fine
-            row_rate, column_rate = _RATE[min(c + 3, 1023)], _RATE[min(r + 3, 1023)]
+            row_rate, column_rate = _RATE[_min(c + 3, 1023)], _RATE[_min(r + 3, 1023)]
             row_size += ((size - row_size) * row_rate) >> 16
             row_mean += ((signed_size - row_mean) * row_rate) >> 16
             column_size[c] += ((size - column_size[c]) * column_rate) >> 16
             column_mean[c] += ((signed_size - column_mean[c]) * column_rate) >> 16
-            tensor_size += ((size - tensor_size) * _RATE[min(at + 1, 1023)]) >> 16
+            tensor_size += ((size - tensor_size) * _RATE[_min(at + 1, 1023)]) >> 16
             west2, west = west, x
             inside += 1
             across += 1
@@ -615,7 +635,7 @@ def _code(
             _learn_columns(factors, values[at + 1 - columns : at + 1], rates, squares, at + 1)
 
 
-@njit(cache=True, error_model="numpy")
+@_compiled()
 def _code_floats(
     mode: int, values: Array, exponent: int, mantissa: int, memory: Array, rc: Array, buffer: Array
 ) -> None:
@@ -627,7 +647,7 @@ def _code_floats(
     mask = (1 << (1 + exponent + mantissa)) - 1
     before = 0
     signs = 0  # 0 no value yet, 1 all positive so far, 2 mixed
-    top = min(mantissa, 3)
+    top = _min(mantissa, 3)
     for at in range(len(values)):
         if mode == DECODE and rc[4] > len(buffer) + 8:
             return
@@ -656,15 +676,15 @@ def _code_floats(
             value = (value << 1) | _bit(mode, rc, buffer, 32768, (pattern >> k) & 1)
         values[at] = value if exponent + mantissa < 31 else np.int32(value - (value >> 31 << 32))
         before = (value >> mantissa) & ((1 << exponent) - 1)
-        signs = max(signs, 1 + (value >> (exponent + mantissa)))
+        signs = _max(signs, 1 + (value >> (exponent + mantissa)))
 
 
-@njit(cache=True, error_model="numpy")
-def _code_text(mode: int, text: Array, known: int, memory: Array, rc: Array, buffer: Array) -> None:
+@_compiled()
+def _code_text(
+    mode: int, text: Array, known: int, memory: Array, rc: Array, buffer: Array, slots: Array, hashes: Array
+) -> None:
     """Bytes, each bit predicted by the 1, 2, 3 and 5 bytes before, by the word so far and by what
     followed the longest match. The first `known` bytes are learned, not coded."""
-    slots = np.zeros(_ORDERS, np.int64)
-    hashes = np.zeros(_ORDERS, np.int64)
     history = 0
     word = 0
     match = 0  # place of the byte that the match predicts; 0: none
@@ -683,9 +703,9 @@ def _code_text(mode: int, text: Array, known: int, memory: Array, rc: Array, buf
                 mixed = (mixed ^ (mixed >> 15)) * 0x2545F491
                 slots[order] = order * _TABLE + ((mixed >> 12) & (_TABLE - 1))
             guess = (text[match] >> k) & 1 if agrees else 0
-            matched = _T_MATCH + (min(length, 31) * 2 + guess if agrees else 0)
+            matched = _T_MATCH + (_min(length, 31) * 2 + guess if agrees else 0)
             vector = _T_WEIGHTS + 8 * agrees
-            second = _T_WEIGHTS + 16 + 8 * min(length, 15)
+            second = _T_WEIGHTS + 16 + 8 * _min(length, 15)
             bit = (text[i] >> k) & 1
             bit = _mixed(
                 now, rc, buffer, memory, bit, vector, second, slots[0], slots[1], slots[2], slots[3], slots[4], matched
