@@ -556,7 +556,7 @@ def _code(
                 if negative:  # from here on, neighbours are seen from the side of this weight
                     near_w, near_n, near_c, near_r, linear = 6 - near_w, 6 - near_n, 6 - near_c, 6 - near_r, 14 - linear
                 near, means = near_w * 7 + near_n, near_c * 7 + near_r
-                # --- magnitude: length in bits, then the bits below the first, as one tree ---
+                # --- magnitude: length in bits, then the bits below the first, a tree for each length ---
                 magnitude = abs(x)
                 length = 0
                 while (magnitude >> (length + 1)) > 0:
@@ -569,7 +569,8 @@ def _code(
                     if growing:
                         node, vector, decision = _min(bits, 15), _min(bits, 9), 1 if length > bits else 0
                     else:
-                        node, vector = _min(16 + coded, _NODES - 1), 10 + _min(bits - below, 3) + 4 * _min(bits, 6)
+                        node = _min(13 + (1 << bits) + coded, _NODES - 1)
+                        vector = 10 + _min(bits - below, 3) + 4 * _min(bits, 6)
                         decision = (magnitude >> (below - 1)) & 1
                     signed = 2 * node + negative
                     vector = 8 * (2 * vector + negative)
@@ -592,6 +593,8 @@ def _code(
                         bits += decision
                         growing = decision == 1 and bits < mantissa
                         below = bits
+                        if bits == mantissa:  # the largest magnitude that there is
+                            coded, below = 1 << bits, 0
                     else:
                         coded = (coded << 1) | decision
                         below -= 1

@@ -1,4 +1,4 @@
-"""One tensor of codes in the stream: which values it skips, and how it is walked.
+"""One tensor of codes in the stream: how it is walked.
 
 The writer measures the ways that are worth a try by coding with them, on a part of a large tensor, and
 takes the one of least bytes; what it chose stands before the codes.
@@ -35,44 +35,6 @@ class Walk(NamedTuple):
         return np.ascontiguousarray(turned).reshape(len(turned), -1)
 
 
-class Palette(NamedTuple):
-    """The magnitudes that occur, ascending, among the codes below zero and among those above it.
-
-    Pruning leaves no small magnitudes, a coarser parent leaves gaps. Codes are then written as ranks:
-    zero stays zero, the smallest positive code becomes 1.
-    """
-
-    negative: Array
-    positive: Array
-
-    @property
-    def mantissa(self) -> int:
-        """Ranks are at most 2^mantissa in magnitude."""
-        return max(len(self.negative), len(self.positive), 1).bit_length()
-
-    def ranks(self, codes: Array) -> Array:
-        """int32, shape of `codes`, which must all be in the palette."""
-        low = -int(self.negative[-1]) if len(self.negative) else 0
-        table = np.zeros((int(self.positive[-1]) if len(self.positive) else 0) - low + 1, np.int32)
-        table[-low - self.negative] = -1 - np.arange(len(self.negative))
-        table[-low + self.positive] = 1 + np.arange(len(self.positive))
-        return _look_up(table, codes, -low)
-
-    def codes(self, ranks: Array) -> Array:
-        """Inverse of `ranks`; a rank that the palette does not have becomes its largest."""
-        table = np.concatenate([-self.negative[::-1], [0], self.positive]).astype(np.int32)
-        return _look_up(table, ranks, len(self.negative))
-
-
-def _look_up(table: Array, places: Array, offset: int) -> Array:
-    """table[places + offset], clipped, in parts: index arrays of numpy take 8 bytes a number."""
-    out, flat = np.empty(places.shape, places.dtype), places.reshape(-1)
-    for part in range(0, flat.size, _SAMPLE):
-        at = slice(part, part + _SAMPLE)
-        out.reshape(-1)[at] = table[np.clip(flat[at] + offset, 0, len(table) - 1)]
-    return out
-
-
 def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, repeats: bool = False) -> None:
     """Write int32 codes of any shape (layout as in `CoderState.code`). repeats: each row once."""
     if repeats and codes.ndim > 1:
@@ -85,15 +47,6 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, r
         state.code(Walk().turn(cube), Scan(), exponent, mantissa)
         return
     walk = _of_shape(codes.shape)
-    palette = _palette(codes)
-    if palette is not None:
-        part = _part(walk, cube)
-        plain = _cost(state, part, walk.scan, mantissa)
-        ranked = _cost(state, part, walk.scan, palette.mantissa, palette)
-        palette = palette if ranked < plain else None
-    if palette is not None:
-        cube, mantissa = palette.ranks(cube), palette.mantissa
-    _palette_in_stream(state, palette)
     if min(cube.shape[:2]) > 1:
         walks = _walks(cube) if codes.ndim == 2 else [walk, walk._replace(transposed=True)]
         walk = min(walks, key=lambda walk: _cost(state, _part(walk, cube), walk.scan, mantissa))
@@ -113,14 +66,10 @@ def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantiss
             places.append(min(state.number(), distinct))
             distinct = max(distinct, places[-1] + 1)
         return read_codes(state, (distinct, *shape[1:]), exponent, mantissa)[places]
-    walk, palette = Walk(), None
+    walk = Walk() if exponent else _of_shape(shape)
     rows, columns, kernel = _cube(shape)
-    if not exponent:
-        palette = _palette_in_stream(state, None)
-        mantissa = mantissa if palette is None else palette.mantissa
-        walk = _of_shape(shape)
-        if min(rows, columns) > 1:
-            walk = _walk_in_stream(state, walk, len(shape))
+    if not exponent and min(rows, columns) > 1:
+        walk = _walk_in_stream(state, walk, len(shape))
     scan = walk.scan
     cube = np.zeros((columns, rows, kernel) if walk.transposed else (rows, columns, kernel), np.int32)
     matrix = cube.reshape(len(cube), -1)
@@ -129,8 +78,7 @@ def read_codes(state: CoderState, shape: tuple[int, ...], exponent: int, mantiss
     state.code(matrix, scan, exponent, mantissa)
     if walk.transposed:
         cube = np.ascontiguousarray(cube.transpose(1, 0, 2))
-    codes = cube.reshape(shape)
-    return codes if palette is None else palette.codes(codes)
+    return cube.reshape(shape)
 
 
 def _cube(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -167,11 +115,10 @@ def _part(walk: Walk, cube: Array) -> Array:
     return walk.turn(cube[:, :rows] if walk.transposed else cube[:rows])
 
 
-def _cost(state: CoderState, part: Array, scan: Scan, mantissa: int, palette: Palette | None = None) -> float:
+def _cost(state: CoderState, part: Array, scan: Scan, mantissa: int) -> float:
     """Bytes a code."""
     ahead = state.copy()
-    _palette_in_stream(ahead, palette)
-    ahead.code(part if palette is None else palette.ranks(part), scan, 0, mantissa)
+    ahead.code(part, scan, 0, mantissa)
     return (ahead.spent - state.spent) / part.size
 
 
@@ -202,30 +149,3 @@ def vertical(matrix: Array) -> int:
     share = correlation[2:] / correlation[0]
     best = int(share.argmax())
     return best + 2 if share[best] > 0.02 + 4 / math.sqrt(matrix.size) else 0
-
-
-def _palette(codes: Array) -> Palette | None:
-    """The palette of `codes`, when there are values that they skip."""
-    flat = codes.reshape(-1)
-    parts = [np.unique(flat[part : part + _SAMPLE]) for part in range(0, flat.size, _SAMPLE)]
-    values = np.unique(np.concatenate(parts)) if parts else flat
-    palette = Palette(-values[values < 0][::-1], values[values > 0])
-    skipped = any(len(side) and int(side[-1]) != len(side) for side in palette)
-    return palette if skipped else None
-
-
-def _palette_in_stream(state: CoderState, palette: Palette | None) -> Palette | None:
-    """Write a palette (or that there is none), or read one."""
-    if not state.number(palette is not None):
-        return None
-    sides = []
-    for side in palette or (None, None):
-        largest = state.number(0 if side is None or not len(side) else int(side[-1]))
-        used = np.zeros(largest + 1, bool)
-        if side is not None:
-            used[side] = True
-        for value in range(1, largest):
-            used[value] = state.flag(int(used[value - 1]), bool(used[value]))
-        used[largest] = largest > 0
-        sides.append(np.flatnonzero(used))
-    return Palette(*sides)

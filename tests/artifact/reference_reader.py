@@ -276,9 +276,9 @@ def integers(
             k = 0
             while k < mantissa and decide(min(k, 15), min(k, 9)):
                 k += 1
-            m = 1
-            for done in range(k):
-                m = m << 1 | decide(min(16 + m, 159), 10 + min(done, 3) + 4 * min(k, 6))
+            m = 1 if k < mantissa else 1 << k
+            for done in range(k if k < mantissa else 0):
+                m = m << 1 | decide(min(13 + (1 << k) + m, 159), 10 + min(done, 3) + 4 * min(k, 6))
             x = -m if sign else m
             nonzero += ((m << fine) - nonzero) * RATE[min(nonzeros, 1023)] >> 16
             nonzeros += 1
@@ -335,16 +335,6 @@ def floats(stream: Stream, count: int, exponent: int, mantissa: int) -> list[int
 
 def codes(stream: Stream, shape: Sequence[int], mantissa: int) -> list[int]:
     """Integer codes of a tensor, row by row."""
-    sides: list[list[int]] | None = None
-    if stream.number():
-        sides = []
-        for _ in range(2):
-            largest, used, last = stream.number(), [], 0
-            for value in range(1, largest):
-                last = stream.flag(last)
-                used += [value] * last
-            sides.append(used + [largest] * (largest > 0))
-        mantissa = max(*map(len, sides), 1).bit_length()
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     transposed, kernel, width = 0, max(1, math.prod(shape[2:])), shape[-1] if len(shape) > 3 else 0
     size = math.prod(shape[2:])
@@ -360,8 +350,6 @@ def codes(stream: Stream, shape: Sequence[int], mantissa: int) -> list[int]:
         flat = [
             flat[(j * shape[0] + i) * size + k] for i in range(shape[0]) for j in range(shape[1]) for k in range(size)
         ]
-    if sides:
-        flat = [-sides[0][-x - 1] if x < 0 else sides[1][x - 1] if x else 0 for x in flat]
     return flat
 
 

@@ -78,7 +78,7 @@ def make() -> None:
         "image": smooth.view(8, 256),
         "transposed": smooth.view(8, 256).T,
         "channels": torch.nn.functional.avg_pool2d(torch.randn(8, 12, 4, 4), 3, 1, 1).view(8, 192),
-        "palette": dead * (dead.abs() > 0.8),
+        "pruned": dead * (dead.abs() > 0.8),
         "factors": torch.randn(64, 2) @ torch.randn(2, 40) + 0.1 * torch.randn(64, 40),
     }
     plans = {f"{name}.weight": Plan(w, "int5", coding_of("int5").initial(w, "int5")) for name, w in walks.items()}
