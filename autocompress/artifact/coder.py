@@ -3,7 +3,7 @@
 A weight is a few binary decisions: is it zero, its sign, the bits of its magnitude (the decisions of
 DeepCABAC, Wiedemann et al., 2019). Each is predicted by six adaptive contexts at once; their
 predictions are mixed in the logistic domain by weights that learn as they go (Mahoney, lpaq), and a
-range coder writes the bit. The contexts know
+arithmetic coder writes the bit. The contexts know
 
 - how large weights of this row, this column and the tensor have been, and so how large this one may be;
 - the neighbours before and above, with their signs: kernels are smooth, and so are the rows of a layer
@@ -69,6 +69,13 @@ _LOG = np.array([round(16 * math.log2(max(i, 0.5))) for i in range(4096)], np.in
 
 LEARN, ENCODE, DECODE = range(3)
 """What `_bit` does with a decision: take note of it only, write it, read it."""
+
+# --- arithmetic coding: an interval of numbers, of which the stream names one ---
+_WIDTH = 40
+"""Bits of its bounds; with the 16 of a probability, products fit into 63."""
+_FULL = (1 << _WIDTH) - 1
+_LOW, _HIGH, _POSITION, _CODE = range(4)
+"""Its bounds, bytes written or read, and the number that the stream names."""
 
 # --- memory: slots of counters (probability << 10 | bits seen), then mixing weights in vectors of 8 ---
 _LEVELS = 32
@@ -146,13 +153,12 @@ class CoderState:
         self.memory = np.full(_SIZE, _FRESH, np.int32)
         self.memory[_WEIGHTS:] = 0
         _fresh_weights(self.memory, _WEIGHTS, _W_SECOND)
-        # low, range, cache, pending, position, code
-        self.range = np.array([0, 0xFFFFFFFF, 0, 0, 0, 0], np.int64)
+        self.interval = np.array([0, _FULL, 0, 0], np.int64)
         self.buffer: Array = np.zeros(0, np.uint8)
         if stream is not None:
+            first = _WIDTH // 8
             self.buffer = np.frombuffer(bytearray(stream), np.uint8)
-            self.range[4] = 4
-            self.range[5] = int.from_bytes(stream[:4].ljust(4, b"\0"), "big")
+            self.interval[_POSITION:] = first, int.from_bytes(stream[:first].ljust(first, b"\0"), "big")
 
     def _make_room(self, more: int) -> None:
         room = self.position + more + 64
@@ -164,7 +170,7 @@ class CoderState:
     def copy(self) -> CoderState:
         twin = CoderState.__new__(CoderState)
         twin.mode = self.mode
-        twin.memory, twin.range, twin.buffer = self.memory.copy(), self.range.copy(), self.buffer.copy()
+        twin.memory, twin.interval, twin.buffer = self.memory.copy(), self.interval.copy(), self.buffer.copy()
         return twin
 
     def code(self, values: Array, scan: Scan, exponent: int, mantissa: int) -> None:
@@ -179,13 +185,13 @@ class CoderState:
         self.memory[_WEIGHTS + _SEEN :: 8] = 0  # mixing weights are kept, but learn fast again
         flat = values.reshape(-1)
         if exponent:
-            _code_floats(self.mode, flat, exponent, mantissa, self.memory, self.range, self.buffer)
+            _code_floats(self.mode, flat, exponent, mantissa, self.memory, self.interval, self.buffer)
         else:
             means = np.zeros((2, columns), np.int32)
             sizes = (rows, columns, scan.kernel, scan.width, mantissa)
             factors = np.zeros((1 + columns * scan.factors, RANK), np.int32)
             rates = np.zeros(columns, np.int64)
-            _code(self.mode, flat, sizes, self.memory, self.range, self.buffer, means[0], means[1], factors, rates)
+            _code(self.mode, flat, sizes, self.memory, self.interval, self.buffer, means[0], means[1], factors, rates)
 
     def code_text(self, text: Array) -> None:
         """Encode bytes uint8 [n], or fill them by decoding; the model knows `DICTIONARY` beforehand."""
@@ -195,7 +201,7 @@ class CoderState:
         self._make_room(3 * len(text))
         whole = np.concatenate([DICTIONARY, text])
         slots, hashes = np.zeros((2, _ORDERS), np.int64)
-        _code_text(self.mode, whole, len(DICTIONARY), memory, self.range, self.buffer, slots, hashes)
+        _code_text(self.mode, whole, len(DICTIONARY), memory, self.interval, self.buffer, slots, hashes)
         text[:] = whole[len(DICTIONARY) :]
 
     def number(self, value: int = 0) -> int:
@@ -212,34 +218,27 @@ class CoderState:
         """Encode or decode a yes or no; context: which of 32 kinds of question it is."""
         self._make_room(1)
         slot = _S_FLAG + context
-        return bool(_direct(self.mode, self.range, self.buffer, self.memory, slot, int(value)))
+        return bool(_direct(self.mode, self.interval, self.buffer, self.memory, slot, int(value)))
 
     @property
     def position(self) -> int:
         """Bytes written or read so far."""
-        return int(self.range[4] + self.range[3])
+        return int(self.interval[_POSITION])
 
     @property
     def spent(self) -> float:
-        """Bytes written so far, with the part of one that the range holds."""
-        return self.position - math.log2(int(self.range[1])) / 8
+        """Bytes written so far, with the part of one that the interval holds; to be compared, not alone."""
+        return self.position - math.log2(int(self.interval[_HIGH] - self.interval[_LOW] + 1)) / 8
 
     def finish(self) -> bytes:
-        """The stream without the zeros of its last four bytes; the reader continues with zeros.
-
-        No more are cut: a reader must be able to tell such an end from a stream that has run dry.
-        """
-        low, width = int(self.range[0]), int(self.range[1])
-        for bits in range(32, -1, -1):
-            value = (low + (1 << bits) - 1) >> bits << bits
-            if value < low + width:
+        """The stream, with as few last bytes as there can be; the reader continues with zeros."""
+        low, high = (int(bound) for bound in self.interval[:_POSITION])
+        for bits in range(_WIDTH, -1, -8):
+            value = -(-low >> bits) << bits
+            if value <= high:
                 break
-        self.range[0] = value
-        self._make_room(16)
-        for _ in range(5):
-            _shift_low(self.range, self.buffer)
-        stream = self.buffer[1 : int(self.range[4])].tobytes()
-        return stream[: max(len(stream.rstrip(b"\0")), len(stream) - 4)]
+        last = value.to_bytes(_WIDTH // 8, "big")[: (_WIDTH - bits) // 8]
+        return self.buffer[: self.position].tobytes() + last
 
 
 # Compiling takes seconds, once on a machine, so: types are given, or each mixture of integer types that a function is
@@ -260,58 +259,31 @@ def _max(a: int, b: int) -> int:
     return a if a > b else b
 
 
-@_compiled("void(i8[::1], u1[::1])")
-def _shift_low(rc: Array, buffer: Array) -> None:
-    """Write the settled top byte; carries run through the pending 0xFF bytes (as in LZMA)."""
-    low = rc[0]
-    if low < 0xFF000000 or low > 0xFFFFFFFF:
-        carry = low >> 32
-        position = rc[4]
-        if position < len(buffer):
-            buffer[position] = (rc[2] + carry) & 0xFF
-        position += 1
-        while rc[3] > 0:
-            if position < len(buffer):
-                buffer[position] = (0xFF + carry) & 0xFF
-            position += 1
-            rc[3] -= 1
-        rc[4] = position
-        rc[2] = (low >> 24) & 0xFF
-    else:
-        rc[3] += 1
-    rc[0] = (low & 0x00FFFFFF) << 8
-
-
 @_inner("i8(i8, i8[::1], u1[::1], i8, i8)")
-def _bit(mode: int, rc: Array, buffer: Array, p: int, bit: int) -> int:
-    """Code one bit whose probability of being 1 is p / 65536."""
+def _bit(mode: int, interval: Array, buffer: Array, p: int, bit: int) -> int:
+    """Code one bit whose probability of being 1 is p / 65536: the interval shrinks to the part that is the bit's, and
+    what its bounds have in common is settled (carry-less, as in Mahoney's lpaq)."""
     if mode == LEARN:
         return bit
-    bound = (rc[1] >> 16) * p
-    if mode == ENCODE:
-        if bit:
-            rc[1] = bound
-        else:
-            rc[0] += bound
-            rc[1] -= bound
-        while rc[1] < 0x1000000:
-            rc[1] <<= 8
-            _shift_low(rc, buffer)
+    low, high = interval[_LOW], interval[_HIGH]
+    middle = low + (((high - low) * p) >> 16)
+    if mode == DECODE:
+        bit = 1 if interval[_CODE] <= middle else 0
+    if bit:
+        high = middle
     else:
-        if rc[5] < bound:
-            bit = 1
-            rc[1] = bound
+        low = middle + 1
+    while (low ^ high) >> (_WIDTH - 8) == 0:
+        position = interval[_POSITION]
+        if mode == ENCODE:
+            if position < len(buffer):
+                buffer[position] = high >> (_WIDTH - 8)
         else:
-            bit = 0
-            rc[5] -= bound
-            rc[1] -= bound
-        while rc[1] < 0x1000000:
-            rc[1] <<= 8
-            byte = 0
-            if rc[4] < len(buffer):
-                byte = buffer[rc[4]]
-            rc[4] += 1
-            rc[5] = (rc[5] << 8) | byte
+            byte = buffer[position] if position < len(buffer) else 0
+            interval[_CODE] = ((interval[_CODE] << 8) & _FULL) | byte
+        interval[_POSITION] = position + 1
+        low, high = (low << 8) & _FULL, ((high << 8) & _FULL) | 255
+    interval[_LOW], interval[_HIGH] = low, high
     return bit
 
 
@@ -326,10 +298,10 @@ def _update(memory: Array, slot: int, bit: int) -> None:
 
 
 @_compiled("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8)")
-def _direct(mode: int, rc: Array, buffer: Array, memory: Array, slot: int, bit: int) -> int:
+def _direct(mode: int, interval: Array, buffer: Array, memory: Array, slot: int, bit: int) -> int:
     """A bit with one context."""
     p = _min(_max(memory[slot] >> 14, _P_MIN), 65536 - _P_MIN)
-    bit = _bit(mode, rc, buffer, p, bit)
+    bit = _bit(mode, interval, buffer, p, bit)
     _update(memory, slot, bit)
     return bit
 
@@ -355,7 +327,7 @@ def _learn(memory: Array, first: int, second: int, slot: int, belief: int, error
 @_inner("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8, i8, u8, u8, u8, u8, u8, u8)", forceinline=True)
 def _mixed(
     mode: int,
-    rc: Array,
+    interval: Array,
     buffer: Array,
     memory: Array,
     bit: int,
@@ -383,7 +355,7 @@ def _mixed(
         + sf * (memory[first + 5] + memory[second + 5])
     )
     p = _SQUASH[_min(_max(dot >> 16, -2048), 2047) + 2048]
-    bit = _bit(mode, rc, buffer, p, bit)
+    bit = _bit(mode, interval, buffer, p, bit)
     seen = memory[first + _SEEN]
     memory[first + _SEEN] = seen + 1 if seen < 4095 else seen
     error = ((65536 if bit else 0) - p) * _GAIN[seen >> 2]
@@ -446,7 +418,7 @@ def _code(
     values: Array,
     sizes: tuple[int, int, int, int, int],
     memory: Array,
-    rc: Array,
+    interval: Array,
     buffer: Array,
     column_size: Array,
     column_mean: Array,
@@ -475,7 +447,7 @@ def _code(
     zero_weights = _W_ZERO + 8 * (kernel > 1)
     at = -1
     for r in range(rows):
-        if mode == DECODE and rc[4] > len(buffer) + 8:  # a damaged stream that has run dry
+        if mode == DECODE and interval[_POSITION] > len(buffer) + 8:  # a damaged stream that has run dry
             return
         row_size = tensor_size
         row_mean = 0
@@ -524,7 +496,7 @@ def _code(
             magnitude = 0
             if _mixed(
                 mode,
-                rc,
+                interval,
                 buffer,
                 memory,
                 x != 0,
@@ -540,7 +512,7 @@ def _code(
                 second = _W_SECOND + 8 * 81 * level
                 negative = _mixed(
                     mode,
-                    rc,
+                    interval,
                     buffer,
                     memory,
                     x < 0,
@@ -576,7 +548,7 @@ def _code(
                     vector = 8 * (2 * vector + negative)
                     decision = _mixed(
                         mode,
-                        rc,
+                        interval,
                         buffer,
                         memory,
                         decision,
@@ -640,7 +612,7 @@ def _code(
 
 @_compiled()
 def _code_floats(
-    mode: int, values: Array, exponent: int, mantissa: int, memory: Array, rc: Array, buffer: Array
+    mode: int, values: Array, exponent: int, mantissa: int, memory: Array, interval: Array, buffer: Array
 ) -> None:
     """Bit patterns: zero or not; sign and exponent as a tree; three bits of mantissa; the rest as they are.
 
@@ -652,10 +624,10 @@ def _code_floats(
     signs = 0  # 0 no value yet, 1 all positive so far, 2 mixed
     top = _min(mantissa, 3)
     for at in range(len(values)):
-        if mode == DECODE and rc[4] > len(buffer) + 8:
+        if mode == DECODE and interval[_POSITION] > len(buffer) + 8:
             return
         pattern = values[at] & mask
-        if not _direct(mode, rc, buffer, memory, _L_FLOAT, pattern != 0):
+        if not _direct(mode, interval, buffer, memory, _L_FLOAT, pattern != 0):
             values[at] = 0
             continue
         node = 1
@@ -672,11 +644,11 @@ def _code_floats(
                 a, b = _S_TOP + signs * 8 + tree, _L_TOP + scale * 8 + tree
                 c, d, e = _L_TOP + tree, _S_TOP_NODE + tree, _S_TOP_SCALE + signs * 1024 + scale
             bit = (pattern >> (exponent + mantissa - k)) & 1
-            bit = _mixed(mode, rc, buffer, memory, bit, vector, _W_NONE, a, b, c, d, e, _S_ALWAYS)
+            bit = _mixed(mode, interval, buffer, memory, bit, vector, _W_NONE, a, b, c, d, e, _S_ALWAYS)
             node = (node << 1) | bit
         value = node - (1 << (1 + exponent + top))
         for k in range(mantissa - top - 1, -1, -1):
-            value = (value << 1) | _bit(mode, rc, buffer, 32768, (pattern >> k) & 1)
+            value = (value << 1) | _bit(mode, interval, buffer, 32768, (pattern >> k) & 1)
         values[at] = value if exponent + mantissa < 31 else np.int32(value - (value >> 31 << 32))
         before = (value >> mantissa) & ((1 << exponent) - 1)
         signs = _max(signs, 1 + (value >> (exponent + mantissa)))
@@ -684,7 +656,7 @@ def _code_floats(
 
 @_compiled()
 def _code_text(
-    mode: int, text: Array, known: int, memory: Array, rc: Array, buffer: Array, slots: Array, hashes: Array
+    mode: int, text: Array, known: int, memory: Array, interval: Array, buffer: Array, slots: Array, hashes: Array
 ) -> None:
     """Bytes, each bit predicted by the 1, 2, 3 and 5 bytes before, by the word so far and by what
     followed the longest match. The first `known` bytes are learned, not coded."""
@@ -711,7 +683,19 @@ def _code_text(
             second = _T_WEIGHTS + 16 + 8 * _min(length, 15)
             bit = (text[i] >> k) & 1
             bit = _mixed(
-                now, rc, buffer, memory, bit, vector, second, slots[0], slots[1], slots[2], slots[3], slots[4], matched
+                now,
+                interval,
+                buffer,
+                memory,
+                bit,
+                vector,
+                second,
+                slots[0],
+                slots[1],
+                slots[2],
+                slots[3],
+                slots[4],
+                matched,
             )
             agrees = agrees and bit == guess
             node = (node << 1) | bit

@@ -46,22 +46,20 @@ class Weights:
 
 class Stream:
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 4
-        self.range, self.code = 0xFFFFFFFF, int.from_bytes(data[:4].ljust(4, b"\0"), "big")
+        self.data, self.at = data, 5
+        self.low, self.high, self.code = 0, (1 << 40) - 1, int.from_bytes(data[:5].ljust(5, b"\0"), "big")
         self.counters = Counters()
         self.first: dict[Any, Weights] = defaultdict(lambda: Weights(round(0.2 * 65536)))
         self.second: dict[Any, Weights] = defaultdict(lambda: Weights(0))
 
     def bit(self, p: int) -> int:
-        bound = (self.range >> 16) * p
-        if self.code < bound:
-            bit, self.range = 1, bound
-        else:
-            bit, self.range, self.code = 0, self.range - bound, self.code - bound
-        while self.range < 1 << 24:
-            self.range <<= 8
-            self.code = self.code << 8 | (self.data[self.at] if self.at < len(self.data) else 0)
-            self.at += 1
+        middle = self.low + ((self.high - self.low) * p >> 16)
+        bit = int(self.code <= middle)
+        self.low, self.high = (self.low, middle) if bit else (middle + 1, self.high)
+        while self.low >> 32 == self.high >> 32:
+            byte = self.data[self.at] if self.at < len(self.data) else 0
+            self.low, self.high = self.low << 8 & 0xFFFFFFFFFF, self.high << 8 & 0xFFFFFFFFFF | 255
+            self.code, self.at = self.code << 8 & 0xFFFFFFFFFF | byte, self.at + 1
         return bit
 
     def direct(self, counter: list[int]) -> int:
