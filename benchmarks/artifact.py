@@ -79,7 +79,7 @@ def real_models(names: list[str]) -> list[dict[str, Any]]:
         for point in operating_points(front):
             tensors, header, size = codes_of(point.path)
             layers = sum(1 for codes, _, _ in tensors.values() if codes.ndim > 1)
-            row = {
+            row: dict[str, Any] = {
                 "model": name,
                 "val_accuracy": point.val_accuracy,
                 "test_accuracy": point.test_accuracy,

@@ -80,7 +80,7 @@ def proposals(profile: ac.Profile, folder: Path | None = None) -> dict[int, list
     sampler = _Timed(profile, 2 * max(COUNTS), 0.99)
     run = SearchStudy(folder, profile.space, 2 * max(COUNTS), sampler) if folder else None
     study = run.study if run else optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
-    asked = {d.key: CategoricalDistribution(d.choices) for d in profile.space}
+    asked: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in profile.space}
     rng = np.random.default_rng(0)
 
     def values(chosen: dict[str, Any]) -> list[float]:
@@ -96,9 +96,10 @@ def proposals(profile: ac.Profile, folder: Path | None = None) -> dict[int, list
         took = []
         for _ in range(10):
             began = time.perf_counter()
-            number = run.ask().number if run else study.ask(asked).number
+            trial = run.ask() if run else study.ask(asked)
             took.append((time.perf_counter() - began, sampler.seconds))
-            study.tell(number, values(study.get_trials(deepcopy=False)[number].params))
+            assert trial
+            study.tell(trial.number, values(study.get_trials(deepcopy=False)[trial.number].params))
         out[count] = took
     return out
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -100,7 +100,7 @@ def simulate(simulator: Simulator, workers: int, trials: int) -> list[tuple[floa
     profile = simulator.profile
     sampler = ac.FrontierSampler(profile, trials, simulator.base)
     study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
-    asked = {d.key: CategoricalDistribution(d.choices) for d in profile.space}
+    asked: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in profile.space}
     done: dict[int, tuple[dict[str, Choice], Outcome]] = {}
     busy: list[tuple[float, int]] = []
     running: dict[int, tuple[optuna.Trial, Outcome]] = {}
@@ -180,10 +180,8 @@ def main() -> None:
     for workers, r in results["workers"].items():
         reached = r["trials_to_95_percent"]
         speed = [f"1/{r[f'faster_than_one_worker{end}']:.0f}" if reached else "" for end in ("", "_to_95_percent")]
-        seconds = f"{r['seconds_to_95_percent']:.0f}" if reached else "not reached"
-        shown.add_row(
-            str(workers), f"{r['hypervolume']:.3f}", f"{r['seconds']:.0f}", seconds, str(reached or ""), *speed
-        )
+        took = f"{r['seconds_to_95_percent']:.0f}" if reached else "not reached"
+        shown.add_row(str(workers), f"{r['hypervolume']:.3f}", f"{r['seconds']:.0f}", took, str(reached or ""), *speed)
     out.print(shown)
     known = json.loads(OUT.read_text()) if OUT.is_file() else {}
     OUT.write_text(json.dumps({**known, given.task: results}, indent=1) + "\n")

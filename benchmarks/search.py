@@ -35,7 +35,7 @@ from typing import Any
 import optuna
 import torch
 from matplotlib.figure import Figure
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from rich.box import HEAVY_HEAD, MARKDOWN, Box
 from rich.console import Console
@@ -134,8 +134,9 @@ def run_job(job: Job) -> None:
         original_bytes = sum(t.numel() * t.element_size() for t in tensors(workshop.original).values())
         sampler = METHODS[method](profile, budget, base["val"], seed, original_bytes / RATIOS[task_name])
         study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
-        asked = {d.key: CategoricalDistribution(d.choices) for d in workshop.space}
-        trials, proposing = [], []
+        asked: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in workshop.space}
+        trials: list[list[Any] | None] = []
+        proposing = []
         for _ in range(budget):
             began = time.perf_counter()
             trial = study.ask(asked)

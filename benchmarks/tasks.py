@@ -101,7 +101,7 @@ def resnet20_net() -> nn.Module:
 def _shuffled(images: Tensor, labels: Tensor, batch: int, augment: Callable[[Tensor], Tensor]) -> Batches:
     def batches() -> list[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(images))
-        return [(augment(images[i]), labels[i]) for i in order.split(batch)]
+        return [(augment(images[i]), labels[i]) for i in torch.split(order, batch)]
 
     return batches
 
@@ -166,8 +166,8 @@ def _task(
     return Task(
         model=model,
         train=_shuffled(images[:subset], labels[:subset], 128, augment),
-        val=list(zip(images[val].split(500), labels[val].split(500), strict=True)),
-        test=list(zip(test_images[test].split(500), test_labels[test].split(500), strict=True)),
+        val=list(zip(torch.split(images[val], 500), torch.split(labels[val], 500), strict=True)),
+        test=list(zip(torch.split(test_images[test], 500), torch.split(test_labels[test], 500), strict=True)),
         pretrain=_pretrain(whole, original_epochs, 2e-3 * math.sqrt(2)),
         epochs=epochs,
         name=name,

@@ -156,10 +156,9 @@ def markdown(results: list[dict[str, Any]]) -> str:
             result = known.get((task, row))
             cells.append(str(result["trials"]) if result else "")
             for lost in LOSSES:
-                best = result and result[f"at {100 * lost:g}"]
-                cells += (
-                    [f"{best[0]:,} (1/{result['base_bytes'] / best[0]:.3g})", f"{best[2]:.4f}"] if best else ["-", ""]
-                )
+                best = result[f"at {100 * lost:g}"] if result else None
+                share = f" (1/{result['base_bytes'] / best[0]:.3g})" if result and best else ""
+                cells += [f"{best[0]:,}{share}", f"{best[2]:.4f}"] if best else ["-", ""]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
