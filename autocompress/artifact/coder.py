@@ -191,6 +191,7 @@ class CoderState:
             sizes = (rows, columns, scan.kernel, scan.width, mantissa)
             factors = np.zeros((1 + columns * scan.factors, RANK), np.int32)
             rates = np.zeros(columns, np.int64)
+            _begin_columns(factors, rates)
             _code(self.mode, flat, sizes, self.memory, self.interval, self.buffer, means[0], means[1], factors, rates)
 
     def code_text(self, text: Array) -> None:
@@ -376,6 +377,12 @@ def _near(value: int, unit: int) -> int:
     return 3 - level if value < 0 else 3 + level
 
 
+@_inner("i8(i8)")
+def _level(log: int) -> int:
+    """The level, one of `_LEVELS`, of a size whose logarithm is known, in half octaves."""
+    return _min(_max(log >> 3, 0), _LEVELS - 1)
+
+
 @_inner("i8(i4[:, ::1], i8, i8)")
 def _product(factors: Array, line: int, other: int) -> int:
     """Of two lines of factors, in 2^-32. Those of the present row stand in line 0, those of column c in line c + 1."""
@@ -396,6 +403,17 @@ def _add(factors: Array, to: int, line: int, times: int) -> None:
 def _row_rate(factors: Array, line: int) -> int:
     """How far the factors of a row follow an error at this column, in 2^-16."""
     return (_ROW_RATE << 16) // (32768 + _max(_product(factors, line, line) >> 16, 0))
+
+
+@_compiled("void(i4[:, ::1], i8[::1])")
+def _begin_columns(factors: Array, rates: Array) -> None:
+    """Factors of the columns, at random (linear congruential), and the rates that follow from them."""
+    state = 1
+    for line in range(1, len(factors)):
+        for k in range(factors.shape[1]):
+            state = (state * 1103515245 + 12345) & 0x7FFFFFFF
+            factors[line, k] = (state >> 17) - 8192
+        rates[line - 1] = _row_rate(factors, line)
 
 
 @_inner("void(i4[:, ::1], i4[::1], i8[::1], i8, i8)")
@@ -437,13 +455,6 @@ def _code(
     l0, l1, l2, l3, l4 = 6554, 0, 5243, 0, 65536  # coefficients of the linear prediction, in 2^-16
     factored = len(factors) > 1
     squares = 0
-    if factored:
-        seed = 1
-        for c in range(columns):
-            for k in range(RANK):
-                seed = (seed * 1103515245 + 12345) & 0x7FFFFFFF
-                factors[c + 1, k] = (seed >> 17) - 8192
-            rates[c] = _row_rate(factors, c + 1)
     zero_weights = _W_ZERO + 8 * (kernel > 1)
     at = -1
     for r in range(rows):
@@ -472,8 +483,8 @@ def _code(
             log_tensor = _LOG[_min(tensor_size >> 8, 4095)]
             log_row = _LOG[_min(row_size >> 8, 4095)]
             log_column = _LOG[_min(column_size[c] >> 8, 4095)]
-            level = _min(_max((log_tensor + offset) >> 3, 0), 31)
-            expected = _min(_max((log_row + log_column - log_tensor + offset) >> 3, 0), 31)
+            level = _level(log_tensor + offset)
+            expected = _level(log_row + log_column - log_tensor + offset)
             near_w = _near(west << fine, nonzero_size)
             near_n = _near(north << fine, nonzero_size)
             near = near_w * 7 + near_n
@@ -502,8 +513,8 @@ def _code(
                 x != 0,
                 zero_weights,
                 _W_NONE,
-                _L_COLUMN + _min(_max((log_column + offset) >> 3, 0), 31),
-                _L_ROW + _min(_max((log_row + offset) >> 3, 0), 31),
+                _L_COLUMN + _level(log_column + offset),
+                _L_ROW + _level(log_row + offset),
                 _L_PLACE + place,
                 _L_NEAR + near,
                 _S_ZERO_NEAR + near * _LEVELS + level,
