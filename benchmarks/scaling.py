@@ -148,7 +148,10 @@ def main() -> None:
     methods = ("frontier", "random", "no-lineage", "no-profile")
     runs = [json.loads(path.read_text()) for m in methods for path in sorted(RESULTS.glob(f"{given.task}-{m}-*.json"))]
     out = Console(width=140)
-    simulator = Simulator(measure_profile(TASKS[given.task]), runs)
+    profile = measure_profile(TASKS[given.task])
+    # a machine without arithmetic for a precision is offered one dimension less
+    runs = [run for run in runs if all(t is None or len(t[4]) == len(profile.dimensions) for t in run["trials"])]
+    simulator = Simulator(profile, runs)
     explained = simulator.explained()
     trials = sum(len(run["trials"]) for run in runs)
     out.print(f"from {trials} recorded trials; share of variance foretold of unseen ones: ", end="")
