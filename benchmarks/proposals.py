@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 
 import autocompress as ac
 from autocompress.anatomy import Anatomy, Layer
 from autocompress.search.planner import plan
+from autocompress.search.sampler import distributions
 from autocompress.search.study import SearchStudy
 from autocompress.space import BoundDimension, BoundSpace
 
@@ -80,7 +81,7 @@ def proposals(profile: ac.Profile, folder: Path | None = None) -> dict[int, list
     sampler = _Timed(profile, 2 * max(COUNTS), 0.99)
     run = SearchStudy(folder, profile.space, 2 * max(COUNTS), sampler) if folder else None
     study = run.study if run else optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
-    asked: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in profile.space}
+    asked = distributions(profile.space)
     rng = np.random.default_rng(0)
 
     def values(chosen: dict[str, Any]) -> list[float]:

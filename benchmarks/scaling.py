@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +32,7 @@ import autocompress as ac
 from autocompress.front import hypervolume
 from autocompress.recipe import Choice
 from autocompress.search.controller import profile as measure_profile
+from autocompress.search.sampler import distributions
 from benchmarks.search import DIGITS, RESULTS, TASKS, worst_accuracy
 
 OUT = Path(__file__).parent / "results" / "scaling.json"
@@ -100,7 +100,7 @@ def simulate(simulator: Simulator, workers: int, trials: int) -> list[tuple[floa
     profile = simulator.profile
     sampler = ac.FrontierSampler(profile, trials, simulator.base)
     study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
-    asked: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in profile.space}
+    asked = distributions(profile.space)
     done: dict[int, tuple[dict[str, Choice], Outcome]] = {}
     busy: list[tuple[float, int]] = []
     running: dict[int, tuple[optuna.Trial, Outcome]] = {}

@@ -35,7 +35,6 @@ from typing import Any
 import optuna
 import torch
 from matplotlib.figure import Figure
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from rich.box import HEAVY_HEAD, MARKDOWN, Box
 from rich.console import Console
@@ -48,7 +47,7 @@ from autocompress.search.acquisition import Region
 from autocompress.search.controller import trained
 from autocompress.search.forecast import Forecast
 from autocompress.search.profile_cache import measured_profile
-from autocompress.search.sampler import Point
+from autocompress.search.sampler import Point, distributions
 from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
 from autocompress.trial import ARTIFACT
@@ -134,7 +133,7 @@ def run_job(job: Job) -> None:
         original_bytes = sum(t.numel() * t.element_size() for t in tensors(workshop.original).values())
         sampler = METHODS[method](profile, budget, base["val"], seed, original_bytes / RATIOS[task_name])
         study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
-        asked: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in workshop.space}
+        asked = distributions(workshop.space)
         trials: list[list[Any] | None] = []
         proposing = []
         for _ in range(budget):

@@ -33,7 +33,7 @@ from autocompress.search.acquisition import Region, expected_improvement
 from autocompress.search.forecast import MOVES, BytesForecast, Forecast, Step
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
-from autocompress.space import without_void
+from autocompress.space import BoundSpace, without_void
 from autocompress.techniques.base import structures, trainings
 
 WALK = 0.5
@@ -61,6 +61,11 @@ def _is_permanent(dimension: str) -> bool:
 def _rebuilds(dimension: str) -> bool:
     """Whether its choices take something away for good, in ways that shapes alone do not tell."""
     return _is_permanent(dimension) and structures()[dimension].restores
+
+
+def distributions(space: BoundSpace) -> dict[str, BaseDistribution]:
+    """The space as Optuna is asked for it."""
+    return {d.key: CategoricalDistribution(d.choices) for d in space}
 
 
 class Point:
@@ -140,7 +145,7 @@ class FrontierSampler(BaseSampler):
     # ------------------------------------------------------------ Optuna's protocol
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {key: CategoricalDistribution(d.choices) for key, d in self.dimensions.items()}
+        return distributions(self.profile.space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

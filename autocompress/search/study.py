@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.errors import RunError
 from autocompress.search.journal import Journal
+from autocompress.search.sampler import distributions
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
 
@@ -52,7 +53,7 @@ class SearchStudy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.study.set_metric_names(["size_bytes", "val_accuracy"])
-        self._distributions: dict[str, BaseDistribution] = {d.key: CategoricalDistribution(d.choices) for d in space}
+        self._distributions = distributions(space)
         for key, before in {k: d for trial in self.trials() for k, d in trial.distributions.items()}.items():
             if key in self._distributions and self._distributions[key] != before:
                 self._lock.close()
