@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import small_digits
 from torch import Tensor, nn
 
 from autocompress import Task
+from tests.conftest import small_digits
 
 
 def task() -> Task:

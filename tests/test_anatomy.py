@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from conftest import zoo_task
 
 from autocompress.anatomy import Anatomy, ChannelGraph, read_anatomy
 from autocompress.task import Task
+from tests.conftest import zoo_task
 
 
 def anatomy_of(task: Task) -> Anatomy:

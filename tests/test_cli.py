@@ -15,14 +15,14 @@ import pytest
 from autocompress import __version__
 from autocompress.cli import main
 
-TESTS = str(Path(__file__).parent)
+ROOT = str(Path(__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one finished run, runs/demo, made by the command itself."""
     folder = tmp_path_factory.mktemp("cli")
-    done = process(folder, "search", "--task", "mini:task", "--budget", "6", "--run", "demo")
+    done = process(folder, "search", "--task", "tests.mini:task", "--budget", "6", "--run", "demo")
     assert done.returncode == 0, done.stderr
     (folder / "search.out").write_text(done.stdout)
     (folder / "search.err").write_text(done.stderr)
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "autocompress", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -84,7 +84,7 @@ def test_show_plot_and_pick(place: Path) -> None:
 def test_evaluate_says_what_the_front_says(place: Path) -> None:
     for point in front_of(place)["front"]:
         file = str(Path("runs") / "demo" / str(point["artifact"]))
-        measured = json.loads(cli(place, "evaluate", file, "--task", "mini:task", "--json").stdout)
+        measured = json.loads(cli(place, "evaluate", file, "--task", "tests.mini:task", "--json").stdout)
         assert set(measured.pop("activation_sparsity")) == {"2", "4"}
         assert measured == {key: point[key] for key in ("size_bytes", "val_accuracy", "test_accuracy")}
 
@@ -112,7 +112,7 @@ def test_two_files_side_by_side(place: Path) -> None:
 
 
 def test_inspect_and_spaces(place: Path) -> None:
-    shown = cli(place, "inspect", "--task", "mini:task", "--space", "prune-only").stdout
+    shown = cli(place, "inspect", "--task", "tests.mini:task", "--space", "prune-only").stdout
     assert "3 layers" in shown
     assert "groups of channels" in shown
     assert "joint space of about 10^" in shown
@@ -155,12 +155,12 @@ def test_version_and_help() -> None:
         ("search --space broken.yaml", "broken.yaml:2: not valid YAML"),
         ("search --space typo.yaml", "typo.yaml:3: unknown dimension 'wieghts' in layers.*; did you mean 'weights'?"),
         ("search --space choice.yaml", "choice.yaml:1: layers.*.weights: choice 'int99' does not exist"),
-        ("search --task mini:task --space nowhere.yaml", "pattern 'conf*' matches no layer"),
+        ("search --task tests.mini:task --space nowhere.yaml", "pattern 'conf*' matches no layer"),
         ("search --space noise.yaml", "cannot be read"),
         ("search --budget 0", "budget 0 is not enough"),
         ("search --max-size 10XB", "size '10XB' is not understood"),
-        ("search --task mini:task --max-size 10B", "the smallest is about"),
-        ("search --task mini:task --min-accuracy 95", "minimum accuracy 95 cannot be reached"),
+        ("search --task tests.mini:task --max-size 10B", "the smallest is about"),
+        ("search --task tests.mini:task --min-accuracy 95", "minimum accuracy 95 cannot be reached"),
         ("search --run demo", "run 'runs/demo' exists"),
         ("search --resume dema", "did you mean 'demo'?"),
         ("show nothing", "there is no run 'nothing'"),
@@ -197,11 +197,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments: str, message: str,
 
 
 def test_profile_tells_and_draws_sensitivities(place: Path) -> None:
-    told = cli(place, "profile", "--task", "mini:task", "--space", "quantize-only", "-o", "heat.svg").stdout
+    told = cli(place, "profile", "--task", "tests.mini:task", "--space", "quantize-only", "-o", "heat.svg").stdout
     assert "int2" in told
     assert "heat map: heat.svg" in told
     assert "<svg" in (place / "heat.svg").read_text()
-    effects = json.loads(cli(place, "profile", "--task", "mini:task", "--json").stdout)
+    effects = json.loads(cli(place, "profile", "--task", "tests.mini:task", "--json").stdout)
     assert effects["1:weights"]["int2"] > effects["1:weights"]["int8"]
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import zoo_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.errors import RecipeError, SpaceError
 from autocompress.recipe import Recipe
 from autocompress.space import SearchSpace, space_files
+from tests.conftest import zoo_task
 
 
 @pytest.fixture(scope="module")

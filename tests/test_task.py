@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import zoo_task
 from torch import nn
 
 from autocompress.errors import TaskError
 from autocompress.task import Task, check_task, load_task, measure
+from tests.conftest import zoo_task
 
 BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
 

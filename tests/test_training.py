@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_digits, zoo_task
 from torch import nn
 
 from autocompress.artifact import load, pack
@@ -20,6 +19,7 @@ from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
 from autocompress.training import divergence, fine_tune
 from autocompress.trial import CHECKPOINT, METRICS, Rung, TrialResult, TrialSpec, Workshop
+from tests.conftest import small_digits, zoo_task
 
 
 def candidate_of(task: Task, choices: dict[str, str | int | float]) -> Candidate:

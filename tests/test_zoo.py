@@ -78,7 +78,7 @@ def test_profile_covers_every_choice(any_task: Task, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dimension", ["channels", "sparsity", "weights", "vectors"])
 def test_each_dimension_alone_makes_the_file_smaller(dimension: str, tmp_path: Path) -> None:
-    from conftest import zoo_task
+    from tests.conftest import zoo_task
 
     task = zoo_task("residual", epochs=0)
     workshop = workshop_of(task, tmp_path)

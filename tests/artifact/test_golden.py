@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference_reader
 import torch
 
 import autocompress  # noqa: F401  (registers the techniques)
@@ -22,6 +21,7 @@ from autocompress.artifact.container import VERSION, Artifact, Plan, decode_arti
 from autocompress.artifact.dictionary import DICTIONARY
 from autocompress.recipe import Recipe
 from autocompress.techniques.base import Coded, coding_choices, coding_of
+from tests.artifact import reference_reader
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(GOLDEN.glob("*.acz"))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ZOO
 from torch import nn
 
 from autocompress.artifact import load, pack, unpack
@@ -15,6 +14,7 @@ from autocompress.artifact.pack import Weights, fold_norms, with_statistics
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Recipe
 from autocompress.surgery import assign, tensors
+from tests.conftest import ZOO
 
 
 def trained(seed: int = 0) -> nn.Module:

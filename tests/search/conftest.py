@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import small_digits
 
 from autocompress.recipe import Recipe
 from autocompress.search.profile import Profile
 from autocompress.search.study import SearchStudy
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.trial import TrialResult, TrialSpec, Workshop
+from tests.conftest import small_digits
 
 BASE_ACCURACY = 0.95
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import small_digits
 
 import autocompress as ac
 from autocompress.errors import SamplerError
+from tests.conftest import small_digits
 
 DOCS = Path(__file__).parents[2] / "docs" / "search.md"
 

@@ -12,8 +12,8 @@ from optuna.storages import JournalStorage
 from autocompress.search.journal import Journal
 from autocompress.search.profile import Profile
 from autocompress.search.study import JOURNAL
-from search.conftest import Outcome, drive
-from search.test_study import study_of
+from tests.search.conftest import Outcome, drive
+from tests.search.test_study import study_of
 
 
 def study_in(path: Path) -> tuple[Journal, optuna.Study]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_digits, zoo_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from autocompress.search.profile import Profile
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
 from benchmarks.proposals import made_up
+from tests.conftest import small_digits, zoo_task
 
 
 def test_predicted_bytes_are_near_the_file_before_training(profile: Profile, tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_digits
 
 from autocompress import probing
 from autocompress.search.profile_cache import measured_profile
 from autocompress.space import SearchSpace
 from autocompress.task import Task
 from autocompress.trial import Workshop
+from tests.conftest import small_digits
 
 
 @pytest.fixture

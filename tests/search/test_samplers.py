@@ -16,7 +16,7 @@ from autocompress.search.profile import Profile
 from autocompress.search.samplers import NAMES, check_sampler, make_sampler
 from autocompress.search.study import SearchStudy
 from autocompress.trial import TrialResult, TrialSpec
-from search.conftest import BASE_ACCURACY, Outcome, drive, folder_of
+from tests.search.conftest import BASE_ACCURACY, Outcome, drive, folder_of
 
 
 def study_of(folder: Path, profile: Profile, name: str, budget: int = 24, **constraints: Any) -> SearchStudy:
@@ -113,7 +113,7 @@ def test_a_least_accuracy_focuses_the_search(profile: Profile, outcome: Outcome,
 def test_several_workers_do_not_ask_the_same_twice(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
     study = study_of(tmp_path, profile, "frontier", 40)
     rng = random.Random(0)
-    running = []
+    running: list[TrialSpec] = []
     while len(study.trials()) < 40:
         while len(running) < 4 and (spec := study.ask()):
             running.append(spec)

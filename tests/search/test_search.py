@@ -10,23 +10,23 @@ import sys
 import time
 from pathlib import Path
 
-import mini
 import pytest
 import yaml
-from conftest import small_digits
 
 import autocompress as ac
 from autocompress.errors import RunError, TargetError
 from autocompress.search import controller
 from autocompress.search.run_folder import create_run, existing_run
+from tests import mini
+from tests.conftest import small_digits
 
-TESTS = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes find the tasks in tests/mini.py."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]))
 
 
 def test_a_time_budget_ends_the_search_after_one_trial_at_least(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_one_worker_and_one_seed_give_one_front(tmp_path: Path) -> None:
 
 
 def test_failing_trials_are_kept_on_record_and_the_search_goes_on(tmp_path: Path) -> None:
-    front = ac.search("mini:moody_task", 12, run=tmp_path / "run", workers=2)
+    front = ac.search("tests.mini:moody_task", 12, run=tmp_path / "run", workers=2)
     errors = {p.parent.name: p.read_text() for p in (tmp_path / "run").glob("trials/*/error.txt")}
     assert 0 < len(errors) < 12
     kinds = "".join(errors.values())
@@ -107,7 +107,7 @@ def test_failing_trials_are_kept_on_record_and_the_search_goes_on(tmp_path: Path
 
 def test_a_killed_worker_costs_one_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEADLY_MARK", str(tmp_path / "mark"))
-    front = ac.search("mini:deadly_task", 5, run=tmp_path / "run", workers=1)
+    front = ac.search("tests.mini:deadly_task", 5, run=tmp_path / "run", workers=1)
     errors = list((tmp_path / "run").glob("trials/*/error.txt"))
     assert len(errors) == 1
     assert "killed" in errors[0].read_text()
@@ -117,14 +117,14 @@ def test_a_killed_worker_costs_one_trial(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_when_every_trial_fails_the_last_reason_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the moon is in the wrong house"):
-        ac.search("mini:hopeless_task", 2, run=tmp_path / "run", workers=1)
+        ac.search("tests.mini:hopeless_task", 2, run=tmp_path / "run", workers=1)
     assert len(list((tmp_path / "run").glob("trials/*/error.txt"))) == 2
 
 
 def test_a_killed_search_resumes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1"]
-    started = [*command, "--task", "mini:slow_task", "--budget", "6", "--run", str(run)]
+    started = [*command, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run)]
     process = subprocess.Popen(started, start_new_session=True)
     try:
         deadline = time.monotonic() + 120

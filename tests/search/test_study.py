@@ -15,7 +15,7 @@ from autocompress.search.scheduler import is_dominated
 from autocompress.search.study import SearchStudy
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult
-from search.conftest import BASE_ACCURACY, Outcome, drive
+from tests.search.conftest import BASE_ACCURACY, Outcome, drive
 
 
 def study_of(folder: Path, profile: Profile, budget: int = 8) -> SearchStudy:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ZOO, small_digits, zoo_task
 from torch import Tensor, nn
 
 from autocompress.artifact import pack, unpack
@@ -19,6 +18,7 @@ from autocompress.techniques.base import structures
 from autocompress.techniques.piecewise_linear import PiecewiseLinear
 from autocompress.training import fine_tune
 from autocompress.trial import Workshop
+from tests.conftest import ZOO, small_digits, zoo_task
 
 ACTIVATION = structures()["activation"]
 OFFERED = ["relu6", "hardswish", "piecewise-8", "step", "step-sigmoid", "fatrelu-0.8", "topk-0.2"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autocompress.artifact.container import Plan, decode_artifact, encode_artifact
 from autocompress.recipe import Choice, Recipe
-from autocompress.techniques.base import coding_choices, coding_of
+from autocompress.techniques.base import IntegerCoding, coding_choices, coding_of
 
 CHOICES = sorted(map(str, coding_choices()))
 SHAPES = [(8, 3, 3, 3), (16, 4, 5), (12, 20), (30,), (), (2, 0)]
@@ -165,6 +165,7 @@ def test_scaled_rounds_to_the_code(choice: str) -> None:
     """What the rate model counts is what the file stores."""
     torch.manual_seed(0)
     coding, weight = coding_of(choice), torch.randn(20, 30)
+    assert isinstance(coding, IntegerCoding)
     parameters = coding.initial(weight, choice)
     largest = 1 << coding.layout(choice)[1]
     counted = coding.scaled(weight, choice, parameters).clamp(-largest, largest).round()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_digits, zoo_task
 
 from autocompress.anatomy import Anatomy
 from autocompress.artifact import load, pack, unpack
@@ -20,6 +19,7 @@ from autocompress.techniques import names
 from autocompress.techniques.base import Technique, structures, techniques, trainings
 from autocompress.training import fine_tune
 from autocompress.trial import TrialResult, TrialSpec, Workshop
+from tests.conftest import small_digits, zoo_task
 
 EVERY = [(technique, choice) for technique in techniques() for choice in technique.examples()]
 IDS = [f"{technique.name}-{choice}" for technique, choice in EVERY]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ZOO, small_digits, zoo_task
 from torch import Tensor, nn
 
 from autocompress.artifact import pack, unpack
@@ -20,6 +19,7 @@ from autocompress.task import Calibration, Task, load_task, measure
 from autocompress.techniques.base import structures
 from autocompress.training import fine_tune
 from autocompress.trial import Workshop
+from tests.conftest import ZOO, small_digits, zoo_task
 
 STRUCTURE = structures()["structure"]
 CHOICES = ["drop", "lowrank-0.25", "stack-2x0.25"]
@@ -123,13 +123,13 @@ def test_copies_of_a_stack_share_out_the_channels_of_their_block() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), nn.ReLU(), nn.Linear(5, 2))
     inputs = torch.randn(9, 6)
     block, expected = model[0], model[0](inputs)
-    model = STRUCTURE.apply(model, {"0": "stack-2"}, lambda m: m(inputs))
-    first, second = model[0].children()
+    stacked = STRUCTURE.apply(model, {"0": "stack-2"}, lambda m: m(inputs))
+    first, second = stacked[0].children()
     rows = {tuple(row.tolist()) for copy in (first, second) for row in copy[0].weight}
     assert rows == {tuple(row.tolist()) for row in block[0].weight}
     both = first(inputs) + second(inputs) - block[2].bias
     torch.testing.assert_close(both, expected)
-    torch.testing.assert_close(model[0](inputs), (first(inputs) + second(inputs)) / 2)
+    torch.testing.assert_close(stacked[0](inputs), (first(inputs) + second(inputs)) / 2)
 
 
 def test_a_stacked_layer_begins_as_its_truncated_decomposition() -> None:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import torch
-from conftest import small_digits
 from torch import Tensor
 
 from autocompress.artifact import pack
@@ -17,6 +16,7 @@ from autocompress.task import measure
 from autocompress.techniques.base import IntegerWeights, trainings
 from autocompress.training import fine_tune
 from autocompress.trial import Workshop
+from tests.conftest import small_digits
 
 ROUNDING = trainings()["rounding"]
 

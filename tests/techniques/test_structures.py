@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ZOO, zoo_task
 from torch import nn
 
 from autocompress.anatomy import read_anatomy
@@ -16,8 +15,9 @@ from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
 from autocompress.task import Task
-from autocompress.techniques.base import maskings, structures, trainings
+from autocompress.techniques.base import Technique, maskings, structures, trainings
 from autocompress.techniques.channels import kept_channels
+from tests.conftest import ZOO, zoo_task
 
 CHANNELS, ACTIVATION, ACTIVATION_BITS = (structures()[n] for n in ("channels", "activation", "activation_bits"))
 SPARSITY = maskings()["sparsity"]
@@ -186,7 +186,7 @@ def test_a_threshold_cuts_below_its_deviations() -> None:
 
 
 def test_bad_choices_are_named() -> None:
-    wrong = [(CHANNELS, 0), (CHANNELS, "half"), (ACTIVATION, "swish")]
+    wrong: list[tuple[Technique, object]] = [(CHANNELS, 0), (CHANNELS, "half"), (ACTIVATION, "swish")]
     wrong += [(SPARSITY, raw) for raw in (1.0, True, "4:2", "2:", "threshold-x", "threshold-9")]
     for technique, raw in wrong:
         with pytest.raises(SpaceError, match=f"choice {raw!r} does not exist"):
