@@ -92,6 +92,13 @@ def search(
         int | None,
         typer.Option(help="Trials at a time; by default one per GPU, else one per CPU core."),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster to run trials on: 'auto' on one of its nodes or in a job, or host:port; "
+            "by default a private Ray on this machine."
+        ),
+    ] = None,
     sampler: Annotated[
         str, typer.Option(help="Who proposes candidates: frontier (ours), tpe, nsga2, gp or random.")
     ] = "frontier",
@@ -116,7 +123,12 @@ def search(
         with view:
             if resume is not None:
                 front = controller.resume(
-                    resume, budget=budget, time_budget=time_budget, workers=workers, listener=view
+                    resume,
+                    budget=budget,
+                    time_budget=time_budget,
+                    workers=workers,
+                    address=address,
+                    listener=view,
                 )
             else:
                 front = controller.search(
@@ -130,6 +142,7 @@ def search(
                     sampler=sampler,  # type: ignore[arg-type]
                     max_size=max_size,
                     min_accuracy=min_accuracy,
+                    address=address,
                     listener=view,
                 )
     except KeyboardInterrupt:

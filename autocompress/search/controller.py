@@ -86,6 +86,7 @@ def search(
     sampler: Sampler = "frontier",
     max_size: str | int | None = None,
     min_accuracy: float | None = None,
+    address: str | None = None,
     listener: Listener | None = None,
 ) -> ParetoFront:
     """Search the joint space of `task` and return the front of size and accuracy.
@@ -94,8 +95,9 @@ def search(
     with `time_budget` as many as fit. time_budget: seconds, "30m" or "1h30m"; no trial but the first begins that
     would end later. run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
     time; by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
-    validation accuracy; both focus the search. The same seed with one worker and a budget in trials gives the
-    same front.
+    validation accuracy; both focus the search. address: of a Ray cluster to run trials on, "auto" or "host:port", whose
+    nodes share the run folder; by default a private Ray on this machine. The same seed with one worker and a budget in
+    trials gives the same front.
 
     Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
     """
@@ -118,7 +120,7 @@ def search(
     }
     folder = create_run(run, given.name)
     try:
-        controller = Controller(folder, given, rules, settings, listener, named=isinstance(task, str))
+        controller = Controller(folder, given, rules, settings, listener, isinstance(task, str), address)
         write_config(folder, rules, settings)
     except BaseException:
         if not (folder / JOURNAL).exists():
@@ -134,12 +136,13 @@ def resume(
     budget: int | None = None,
     time_budget: str | float | None = None,
     workers: int | None = None,
+    address: str | None = None,
     listener: Listener | None = None,
 ) -> ParetoFront:
     """Go on with a run after a crash, a kill, or with a larger `budget`; finished trials are kept.
 
     time_budget: of what is to come; by default that of the run. task: needed when the run was started with a Task
-    object instead of a name.
+    object instead of a name. address: as in `search`; where a run goes on need not be where it began.
     """
     _check_budget(budget, workers)
     folder = existing_run(run)
@@ -152,7 +155,7 @@ def resume(
         settings |= {"paced": False, "time_budget_seconds": None}
     if time_budget is not None:
         settings |= {"paced": budget is None, "time_budget_seconds": parse_duration(time_budget)}
-    return Controller(folder, given, rules, settings, listener, named=task is None).run()
+    return Controller(folder, given, rules, settings, listener, task is None, address).run()
 
 
 def profile(task: Task | str, space: str | Path | SearchSpace = "default", *, seed: int = 0) -> Profile:
@@ -199,7 +202,6 @@ class WorkerPlan:
     space: BoundSpace
     folder: str
     seed: int
-    device: str
 
     def __call__(self) -> Workshop:
         import cloudpickle
@@ -211,7 +213,7 @@ class WorkerPlan:
             self.space,
             Path(self.folder),
             self.seed,
-            self.device,
+            _device(),
         )
 
 
@@ -226,6 +228,7 @@ class Controller:
         settings: dict[str, Any],
         listener: Listener | None,
         named: bool,
+        address: str | None = None,
     ) -> None:
         self.folder, self.task, self.rules, self.settings = folder, task, rules, settings
         self.listener = listener
@@ -235,8 +238,20 @@ class Controller:
         self.began = time.monotonic()
         self.pace = Pace(settings.get("time_budget_seconds"))
         self.study: SearchStudy | None = None
+        self.ray: engine.Connection | None = None
         self.log = _open_log(folder)
         self.base: Base | None = None
+        try:
+            self._prepare(address)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, address: str | None) -> None:
+        task, folder, settings = self.task, self.folder, self.settings
+        if address is not None:
+            self._tell("joining the cluster")
+            self.ray = engine.join_ray(address, folder / LOG)
         self._tell("loading the model")
         self.original = self._original()
         check_task(task, self.original)
@@ -248,21 +263,13 @@ class Controller:
         )
         self._check_accuracy_target()
         self._tell("reading the model")
-        self.workshop = Workshop(task, self.original, rules, folder, self.seed, _device())
+        self.workshop = Workshop(task, self.original, self.rules, folder, self.seed, _device())
         self.space = self.workshop.space
         for site, reason in self.workshop.anatomy.left_alone.items():
             self.log.info("left alone: %s: %s", site, reason)
-        gpus = torch.cuda.device_count() if _device() == "cuda" else 0
-        self.workers: int = settings["workers"] or (gpus or min(os.cpu_count() or 1, 8))
-        self.gpus = gpus / self.workers if gpus else 0.0
-        self.ray_folder: Path | None = None
-        try:
-            self._prepare()
-        except BaseException:
-            self.close()
-            raise
-
-    def _prepare(self) -> None:
+        cpus, gpus = engine.cluster_size() if self.ray else (min(os.cpu_count() or 1, 8), torch.cuda.device_count())
+        self.workers: int = settings["workers"] or gpus or cpus
+        self.gpus = min(1.0, gpus / self.workers)
         self._tell("profiling every choice")
         self.profile = self._profile()
         limit = self.settings["max_size_bytes"]
@@ -319,16 +326,16 @@ class Controller:
         return self.workshop.joined_profile(parts)
 
     def _start_ray(self) -> None:
-        if self.ray_folder is None:
+        if self.ray is None:
             self._tell("starting Ray")
-            self.ray_folder = engine.start_ray(self.workers)
+            self.ray = engine.start_ray(self.workers)
 
     def close(self) -> None:
         """End what this run started."""
         if self.study is not None:
             self.study.close()
-        if self.ray_folder is not None:
-            engine.stop_ray(self.ray_folder)
+        if self.ray is not None:
+            self.ray.close()
 
     # ------------------------------------------------------------ the search
 
@@ -367,7 +374,6 @@ class Controller:
             self.space,
             str(self.folder.resolve()),
             self.seed,
-            _device(),
         )
         try:
             return bytes(cloudpickle.dumps(plan))
@@ -385,10 +391,15 @@ class Controller:
         self.pace.start(self.study.finished())
         while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._late():
             before = len(self.study.complete())
-            scratch = Path(tempfile.mkdtemp(dir=self.ray_folder))
-            engine.run_trials(payload, self, _MANY, min(self.workers, remaining), self.gpus, scratch)
+            with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._scratch()) as scratch:
+                engine.run_trials(payload, self, _MANY, min(self.workers, remaining), self.gpus, Path(scratch))
             self._fail_lost()
             fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
+
+    def _scratch(self) -> Path:
+        """Where Ray Tune may write: what all nodes of a cluster share is the run folder."""
+        assert self.ray is not None
+        return self.ray.folder or self.folder
 
     def _late(self) -> bool:
         """Whether time is up; the first trial runs in any case."""

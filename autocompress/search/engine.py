@@ -10,15 +10,18 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
 from autocompress.errors import RunError
 from autocompress.trial import Rung, TrialResult, TrialSpec
+from autocompress.version import __version__
 
 _SILENCE = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,6 +36,8 @@ _SILENCE = {
 _TOKEN = secrets.token_hex(32)
 """What Ray's processes show each other; one a process, because Ray's client remembers the first it read."""
 LOOPBACK = "127.0.0.1"
+_PATIENCE = 120
+"""Seconds in which a node must answer; its first worker may have to import torch from a slow disk."""
 
 
 class Supply(Protocol):
@@ -51,8 +56,26 @@ class Supply(Protocol):
     def failed(self, number: int, reason: str) -> None: ...
 
 
-def start_ray(workers: int) -> Path:
-    """A private Ray on loopback, silent; returns its temporary folder for `stop_ray`."""
+@dataclass(frozen=True)
+class Connection:
+    """To a Ray that runs trials. folder: of a private Ray, None on a cluster. shared: with the caller, who was
+    connected before."""
+
+    folder: Path | None = None
+    shared: bool = False
+
+    def close(self) -> None:
+        """Ends a private Ray, leaves a cluster as it is."""
+        import ray
+
+        if not self.shared:
+            ray.shutdown()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def start_ray(workers: int) -> Connection:
+    """A private Ray on loopback, silent, for so many workers."""
     os.environ.update(_SILENCE)
     folder = Path(tempfile.mkdtemp(prefix="acz-", dir="/tmp" if Path("/tmp").is_dir() else None))
     token = folder / "token"
@@ -77,14 +100,86 @@ def start_ray(workers: int) -> Path:
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise RunError(f"Ray did not start: {error}") from error
-    return folder
+    return Connection(folder)
 
 
-def stop_ray(folder: Path) -> None:
+def join_ray(address: str, sample: Path) -> Connection:
+    """A cluster that is running: at "auto" (this node's, or the job's), or at host:port.
+
+    sample: a file of the run folder, which every node must see. Raises RunError when there is no such cluster, or a
+    node of it lacks the file or this version of autocompress.
+    """
+    _check_address(address)
+    os.environ.update(_SILENCE)
     import ray
 
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    connection = Connection(shared=ray.is_initialized())
+    if not connection.shared:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"there is no Ray cluster to join at {address!r}: {reason}") from error
+    try:
+        _check_nodes(sample)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def cluster_size() -> tuple[int, int]:
+    """(CPU cores, GPUs) of all nodes of the Ray that is connected to."""
+    import ray
+
+    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(found.get("CPU", 0))), int(found.get("GPU", 0))
+
+
+def _check_address(address: str) -> None:
+    """Refuses at once what Ray would try to reach for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal():
+        raise RunError(
+            f"address {address!r} is not one that a search can join: give 'auto' on a node of the cluster or in a job, "
+            "or the host:port that 'ray start --head' printed"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(f"there is no Ray cluster to join at {address!r}: {error}") from error
+
+
+def _check_nodes(sample: Path) -> None:
+    import ray
+    from ray.exceptions import TaskUnschedulableError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0)(_look)
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    for number, host in nodes.items():
+        there = NodeAffinitySchedulingStrategy(number, soft=False)
+        try:
+            asked = look.options(scheduling_strategy=there).remote(str(sample.resolve()))
+            version, seen = ray.get(asked, timeout=_PATIENCE)
+        except TaskUnschedulableError:
+            continue  # it was lost a moment ago
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RunError(f"node {host} of the cluster cannot run autocompress: {reason}; install it there") from error
+        if version != __version__:
+            raise RunError(f"node {host} of the cluster has autocompress {version}, here it is {__version__}")
+        if not seen:
+            raise RunError(
+                f"node {host} of the cluster does not see the run folder {str(sample.parent.resolve())!r}: "
+                "give --run a folder on storage that all nodes share"
+            )
+
+
+def _look(sample: str) -> tuple[str, bool]:
+    return __version__, Path(sample).is_file()
 
 
 def measure_profile(

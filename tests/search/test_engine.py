@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.search.engine import start_ray, stop_ray
+from autocompress.search.engine import start_ray
 
 
 def listening_elsewhere() -> set[str]:
@@ -23,11 +23,12 @@ def test_nothing_listens_beyond_loopback(capfd: pytest.CaptureFixture[str]) -> N
     import ray
 
     before = listening_elsewhere()
-    folder = start_ray(1)
+    connection = start_ray(1)
     try:
         assert ray.get(ray.remote(lambda: 41 + 1).remote()) == 42
         assert listening_elsewhere() <= before
     finally:
-        stop_ray(folder)
-    assert not folder.exists()
+        connection.close()
+    assert connection.folder
+    assert not connection.folder.exists()
     assert capfd.readouterr() == ("", "")

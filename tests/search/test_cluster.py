@@ -1,0 +1,89 @@
+"""A search on a Ray cluster that others started: two nodes on loopback, each with a core."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import autocompress as ac
+from autocompress.errors import RunError
+from autocompress.search import engine
+from tests import mini
+
+ROOT = str(Path(__file__).parents[2])
+NODE = {"num_cpus": 1, "node_ip_address": engine.LOOPBACK, "object_store_memory": 100 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    token = tmp_path_factory.mktemp("cluster") / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32))
+    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", path)
+        # Ray would make the host's own address of loopback's
+        with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
+            made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+            made.add_node(**NODE)
+            yield made
+            made.shutdown()
+
+
+def test_trials_run_on_all_nodes_and_outlive_one_of_them(cluster: Any, tmp_path: Path) -> None:
+    lost: list[Any] = []
+
+    def lose_a_node(progress: ac.Progress) -> None:
+        if progress.done == 2 and not lost:
+            lost.append(cluster.list_all_nodes()[-1])
+            cluster.remove_node(lost[0], allow_graceful=False)
+
+    front = ac.search(mini.slow_task(), 8, run=tmp_path / "run", address=cluster.address, listener=lose_a_node)
+    assert len(front) > 0
+    assert lost
+    text = (tmp_path / "run" / "log").read_text()
+    assert text.count(" bytes, validation accuracy ") >= 6
+    assert not list((tmp_path / "run").glob(".tune-*"))
+    assert not ray.is_initialized()
+    assert ac.resume(tmp_path / "run", task=mini.slow_task(), budget=9, address=cluster.address, workers=1)
+    cluster.add_node(**NODE)
+
+
+def test_who_is_connected_stays_connected(cluster: Any, tmp_path: Path) -> None:
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        ac.search(mini.task(), 2, run=tmp_path / "run", address="auto")
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
+def test_a_run_folder_that_a_node_does_not_see_is_refused(cluster: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"does not see the run folder .* give --run a folder on storage"):
+        engine.join_ray(cluster.address, tmp_path / "missing" / "log")
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://127.0.0.1:10001", "is not one that a search can join"),
+        ("head", "is not one that a search can join"),
+        ("127.0.0.1:1", "there is no Ray cluster to join at '127.0.0.1:1'"),
+        ("127.0.0.1:99999", "there is no Ray cluster to join"),
+    ],
+)
+def test_addresses_that_lead_nowhere(address: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=said):
+        ac.search(mini.task(), 2, run=tmp_path / "run", address=address)
+    assert not (tmp_path / "run").exists()
