@@ -48,30 +48,22 @@ def test_trials_run_on_all_nodes_and_outlive_one_of_them(cluster: Any, tmp_path:
             lost.append(cluster.list_all_nodes()[-1])
             cluster.remove_node(lost[0], allow_graceful=False)
 
-    front = ac.search(mini.slow_task(), 8, run=tmp_path / "run", address=cluster.address, listener=lose_a_node)
-    assert len(front) > 0
+    front = ac.search(mini.slow_task(), 6, run=tmp_path / "run", address=cluster.address, listener=lose_a_node)
     assert lost
-    text = (tmp_path / "run" / "log").read_text()
-    assert text.count(" bytes, validation accuracy ") >= 6
+    assert len(front) > 0
+    assert (tmp_path / "run" / "log").read_text().count(" bytes, validation accuracy ") >= 4
     assert not list((tmp_path / "run").glob(".tune-*"))
     assert not ray.is_initialized()
-    assert ac.resume(tmp_path / "run", task=mini.slow_task(), budget=9, address=cluster.address, workers=1)
-    cluster.add_node(**NODE)
-
-
-def test_who_is_connected_stays_connected(cluster: Any, tmp_path: Path) -> None:
-    ray.init(address=cluster.address, log_to_driver=False)
-    try:
-        ac.search(mini.task(), 2, run=tmp_path / "run", address="auto")
-        assert ray.is_initialized()
-    finally:
-        ray.shutdown()
 
 
 def test_a_run_folder_that_a_node_does_not_see_is_refused(cluster: Any, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"does not see the run folder .* give --run a folder on storage"):
-        engine.join_ray(cluster.address, tmp_path / "missing" / "log")
-    assert not ray.is_initialized()
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        with pytest.raises(RunError, match=r"does not see the run folder .* give --run a folder on storage"):
+            engine.join_ray("auto", tmp_path / "missing" / "log")
+        assert ray.is_initialized()  # who was connected before stays connected
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.parametrize(
