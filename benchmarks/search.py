@@ -63,7 +63,7 @@ RATIOS = {"digits": 150, "lenet_300_100": 250, "digit_rows": 40}
 BUDGET, LONG = 50, 400
 DIGITS = string.digits + string.ascii_lowercase
 """How the choice of a dimension is recorded: its place among the dimension's choices."""
-AT = (10, 25, 50, 200, 400)
+AT = (10, 25, 50, 200, 400, 1000)
 
 
 Method = Callable[[ac.Profile, int, float, int, float], BaseSampler]
@@ -107,6 +107,8 @@ METHODS: dict[str, Method] = {
 OPTUNA = ("random", "tpe", "nsga2", "gp")
 LONG_METHODS, LONG_SEEDS = ("nsga2",), 2
 """Run to 400 trials, by so many of the seeds."""
+LONGEST, LONGEST_TASK = 1000, "lenet_300_100"
+"""Trials of the first seed of the task that has one such run."""
 Job = tuple[str, str, int, int]
 """(task, method, seed, trials)."""
 
@@ -209,7 +211,10 @@ def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[Job]:
             out += [(task, method, seed, budget) for budget in AT[:3]]
         elif method not in LONG_METHODS or seed >= LONG_SEEDS:
             out.append((task, method, seed, BUDGET))
-    return out + [(t, m, s, LONG) for m in LONG_METHODS if m in methods for s in range(LONG_SEEDS) for t in tasks]
+    for method, seed, task in itertools.product(LONG_METHODS, range(LONG_SEEDS), tasks):
+        if method in methods:
+            out.append((task, method, seed, LONGEST if seed == 0 and task == LONGEST_TASK else LONG))
+    return out
 
 
 def recorded(task: str, method: str, count: int) -> list[dict[str, Any]]:
