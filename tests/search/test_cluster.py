@@ -56,11 +56,16 @@ def test_trials_run_on_all_nodes_and_outlive_one_of_them(cluster: Any, tmp_path:
     assert not ray.is_initialized()
 
 
-def test_a_run_folder_that_a_node_does_not_see_is_refused(cluster: Any, tmp_path: Path) -> None:
+def test_a_node_that_could_not_run_trials_is_named(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         with pytest.raises(RunError, match=r"does not see the run folder .* give --run a folder on storage"):
             engine.join_ray("auto", tmp_path / "missing" / "log")
+        monkeypatch.setattr(engine, "__version__", "0.0.1")
+        with pytest.raises(RunError, match=r"^node 127.0.0.1 of the cluster has autocompress .*, here it is 0.0.1"):
+            engine.join_ray("auto", tmp_path)
         assert ray.is_initialized()  # who was connected before stays connected
     finally:
         ray.shutdown()
