@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from optuna.trial import TrialState
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -393,7 +394,8 @@ class Controller:
             before = len(self.study.complete())
             with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._scratch()) as scratch:
                 engine.run_trials(payload, self, _MANY, min(self.workers, remaining), self.gpus, Path(scratch))
-            self._fail_lost()
+            for trial in self.study.trials(TrialState.RUNNING):
+                self.lost(trial.number)
             fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
 
     def _scratch(self) -> Path:
@@ -415,14 +417,6 @@ class Controller:
             self.budget = self.study.budget = self.pace.fits(self.study.finished())
             if isinstance(self.sampler, FrontierSampler):
                 self.sampler.budget = self.budget
-
-    def _fail_lost(self) -> None:
-        """Trials of a Tune run that ended early: their worker is gone."""
-        from optuna.trial import TrialState
-
-        assert self.study is not None
-        for trial in self.study.trials(TrialState.RUNNING):
-            self.failed(trial.number, "the worker was lost: killed, or out of memory")
 
     # ------------------------------------------------------------ Supply
 
@@ -468,6 +462,15 @@ class Controller:
         write_file(self.workshop.trial_folder(number) / "error.txt", reason.encode())
         self.log.warning("trial %d failed: %s", number, reason.strip().splitlines()[-1])
         self._tell("searching")
+
+    def lost(self, number: int) -> None:
+        assert self.study is not None
+        reason = "the worker died: killed, out of memory, or its node was lost"
+        if self.study.lose(number):
+            write_file(self.workshop.trial_folder(number) / "error.txt", f"{reason}; its recipe is run again".encode())
+            self.log.warning("trial %d: %s; its recipe is run again", number, reason)
+        else:
+            self.failed(number, reason)
 
     # ------------------------------------------------------------ to people
 

@@ -55,6 +55,9 @@ class Supply(Protocol):
 
     def failed(self, number: int, reason: str) -> None: ...
 
+    def lost(self, number: int) -> None:
+        """The trial's worker died, by its own fault or not."""
+
 
 @dataclass(frozen=True)
 class Connection:

@@ -27,7 +27,8 @@ class Results:
     def keep(self) -> None:
         """After each trial: write the front, and drop the weights of trials that will be no one's parent."""
         self._write(self._front(final=False))
-        keep = {t.user_attrs.get("parent") for t in self.study.trials(TrialState.RUNNING)}
+        to_come = self.study.trials(TrialState.RUNNING, TrialState.WAITING)
+        keep = {trial.user_attrs.get("parent") for trial in to_come}
         keep |= {trial.number for trial in self._members()}
         for trial in self.study.complete():
             if trial.number not in keep:

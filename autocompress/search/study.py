@@ -75,7 +75,7 @@ class SearchStudy:
         return self.trials(TrialState.COMPLETE)
 
     def finished(self) -> int:
-        """Trials that are over; orphans of a crash are run again and are not counted."""
+        """Trials that are over; orphans, which are asked again, are not counted."""
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
         return sum(1 for t in self.trials(*states) if not t.user_attrs.get("orphan"))
 
@@ -120,16 +120,27 @@ class SearchStudy:
             self._note(number, {"error": reason[-4000:]})
             self.study.tell(number, state=TrialState.FAIL)
 
+    def lose(self, number: int) -> bool:
+        """A trial whose worker died, which need not be its own fault, is asked again; False when it was before."""
+        trial = self.get(number)
+        if trial.state != TrialState.RUNNING or trial.user_attrs.get("again"):
+            return False
+        self._ask_again(trial, {"again": True})
+        return True
+
     def recover(self) -> int:
-        """Fail the trials that a dead process left running and put them in the queue again."""
+        """Ask again for the trials that a dead process left running."""
         orphans = self.trials(TrialState.RUNNING)
         for trial in orphans:
-            proposed = ("parent", "move", "target_bytes", "predicted_bytes", "expected_accuracy")
-            keep = {k: v for k, v in trial.user_attrs.items() if k in proposed}
-            self._note(trial.number, {"orphan": True})
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            self.study.enqueue_trial(dict(trial.params), user_attrs=keep)
+            self._ask_again(trial, {})
         return len(orphans)
+
+    def _ask_again(self, trial: FrozenTrial, noted: Mapping[str, Any]) -> None:
+        proposed = ("parent", "move", "target_bytes", "predicted_bytes", "expected_accuracy", "again")
+        keep = {k: v for k, v in trial.user_attrs.items() if k in proposed}
+        self._note(trial.number, {"orphan": True})
+        self.study.tell(trial.number, state=TrialState.FAIL)
+        self.study.enqueue_trial(dict(trial.params), user_attrs={**keep, **noted})
 
     def get(self, number: int) -> FrozenTrial:
         return self.trials()[number]

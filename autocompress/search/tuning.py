@@ -43,7 +43,7 @@ class Proposals(Searcher):
             return
         event = json.loads((result or {}).get("event", "{}"))
         if error or not event:
-            self._supply.failed(number, "the worker died: killed, or out of memory")
+            self._supply.lost(number)
         elif event["kind"] == "result":
             self._supply.finished(number, TrialResult(**event["value"]))
         elif event["kind"] == "error":

@@ -105,14 +105,16 @@ def test_failing_trials_are_kept_on_record_and_the_search_goes_on(tmp_path: Path
     assert "failed: " in (tmp_path / "run" / "log").read_text()
 
 
-def test_a_killed_worker_costs_one_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_of_a_killed_worker_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEADLY_MARK", str(tmp_path / "mark"))
     front = ac.search("tests.mini:deadly_task", 5, run=tmp_path / "run", workers=1)
     errors = list((tmp_path / "run").glob("trials/*/error.txt"))
     assert len(errors) == 1
     assert "killed" in errors[0].read_text()
-    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 5
     assert len(front) >= 1
+    recipes = [(tmp_path / "run" / "trials" / number / "recipe.json").read_text() for number in ("0", "1")]
+    assert recipes[0] == recipes[1]
 
 
 def test_when_every_trial_fails_the_last_reason_is_told(tmp_path: Path) -> None:

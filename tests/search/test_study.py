@@ -45,6 +45,21 @@ def test_trials_of_a_dead_process_are_run_again(profile: Profile, outcome: Outco
     assert study.get(again.number).user_attrs["predicted_bytes"] == study.get(lost.number).user_attrs["predicted_bytes"]
 
 
+def test_a_trial_is_lost_with_its_worker_once_at_most(profile: Profile, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, budget=1)
+    lost = study.ask()
+    assert lost is not None
+    assert study.lose(lost.number)
+    assert not study.lose(lost.number)
+    assert (study.finished(), study.remaining()) == (0, 1)
+    again = study.ask()
+    assert again is not None
+    assert again.recipe == lost.recipe
+    assert not study.lose(again.number)
+    study.fail(again.number, "the worker died")
+    assert (study.finished(), study.remaining()) == (1, 0)
+
+
 def test_telling_twice_counts_once(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
     study = study_of(tmp_path, profile)
     spec = study.ask()
