@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,8 +13,6 @@ import pytest
 
 from autocompress import __version__
 from autocompress.cli import main
-
-ROOT = str(Path(__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +28,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "autocompress", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

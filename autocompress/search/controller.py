@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -23,10 +22,11 @@ from torch import nn
 import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.artifact import write_file
 from autocompress.durations import parse_duration
-from autocompress.errors import RunError, TargetError, TaskError
+from autocompress.errors import RunError, TargetError
 from autocompress.front import Base, ParetoFront
 from autocompress.search import engine
 from autocompress.search.pace import Pace
+from autocompress.search.payload import fastest_device, payload
 from autocompress.search.profile import Profile
 from autocompress.search.profile_cache import measured_profile
 from autocompress.search.results import Results
@@ -44,7 +44,7 @@ from autocompress.search.samplers import check_sampler, make_sampler
 from autocompress.search.scheduler import is_dominated
 from autocompress.search.study import JOURNAL, SearchStudy
 from autocompress.sizes import format_size, parse_size
-from autocompress.space import BoundSpace, SearchSpace
+from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors
 from autocompress.task import Task, check_task, load_task, measure
 from autocompress.trial import Rung, TrialResult, TrialSpec, Workshop, seed_everything
@@ -169,7 +169,7 @@ def profile(task: Task | str, space: str | Path | SearchSpace = "default", *, se
     rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
     model = trained(given, seed)
     check_task(given, model)
-    workshop = Workshop(given, model, rules, Path(), seed, _device())
+    workshop = Workshop(given, model, rules, Path(), seed, fastest_device())
     return Profile(workshop.space, workshop.anatomy, measured_profile(workshop))
 
 
@@ -188,34 +188,6 @@ def _check_budget(budget: int | None, workers: int | None) -> None:
         raise TargetError(f"budget {budget} is not enough: give at least 1 trial")
     if workers is not None and workers < 1:
         raise TargetError(f"workers {workers} is not enough: give at least 1")
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@dataclass
-class WorkerPlan:
-    """Makes a worker's Workshop in another process; pickled once."""
-
-    task: Task | str
-    model: bytes
-    space: BoundSpace
-    folder: str
-    seed: int
-
-    def __call__(self) -> Workshop:
-        import cloudpickle
-
-        task = load_task(self.task) if isinstance(self.task, str) else self.task
-        return Workshop(
-            task,
-            cloudpickle.loads(self.model),
-            self.space,
-            Path(self.folder),
-            self.seed,
-            _device(),
-        )
 
 
 class Controller:
@@ -264,7 +236,7 @@ class Controller:
         )
         self._check_accuracy_target()
         self._tell("reading the model")
-        self.workshop = Workshop(task, self.original, self.rules, folder, self.seed, _device())
+        self.workshop = Workshop(task, self.original, self.rules, folder, self.seed, fastest_device())
         self.space = self.workshop.space
         for site, reason in self.workshop.anatomy.left_alone.items():
             self.log.info("left alone: %s: %s", site, reason)
@@ -366,34 +338,18 @@ class Controller:
             self.close()
 
     def _payload(self) -> bytes:
-        """What makes a worker's Workshop, pickled."""
-        import cloudpickle
-
-        plan = WorkerPlan(
-            self.task.name if self.named else self.task,
-            cloudpickle.dumps(copy.deepcopy(self.original).cpu()),
-            self.space,
-            str(self.folder.resolve()),
-            self.seed,
-        )
-        try:
-            return bytes(cloudpickle.dumps(plan))
-        except Exception as error:
-            raise TaskError(
-                f"task {self.task.name!r} cannot be sent to workers ({error}); "
-                "name it as package.module:function instead"
-            ) from error
+        return payload(self.task, self.named, self.original, self.space, self.folder, self.seed)
 
     def _run_engine(self) -> None:
         assert self.study is not None
-        payload = self._payload()
+        sent = self._payload()
         self._start_ray()
         fruitless = 0
         self.pace.start(self.study.finished())
         while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._late():
             before = len(self.study.complete())
             with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._scratch()) as scratch:
-                engine.run_trials(payload, self, _MANY, min(self.workers, remaining), self.gpus, Path(scratch))
+                engine.run_trials(sent, self, _MANY, min(self.workers, remaining), self.gpus, Path(scratch))
             for trial in self.study.trials(TrialState.RUNNING):
                 self.lost(trial.number)
             fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
@@ -465,12 +421,8 @@ class Controller:
 
     def lost(self, number: int) -> None:
         assert self.study is not None
-        reason = "the worker died: killed, out of memory, or its node was lost"
-        if self.study.lose(number):
-            write_file(self.workshop.trial_folder(number) / "error.txt", f"{reason}; its recipe is run again".encode())
-            self.log.warning("trial %d: %s; its recipe is run again", number, reason)
-        else:
-            self.failed(number, reason)
+        again = "; its recipe is run again" if self.study.lose(number) else ""
+        self.failed(number, f"the worker died: killed, out of memory, or its node was lost{again}")
 
     # ------------------------------------------------------------ to people
 

@@ -135,7 +135,7 @@ def cluster_size() -> tuple[int, int]:
     """(CPU cores, GPUs) of all nodes of the Ray that is connected to."""
     import ray
 
-    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    found = ray.cluster_resources()
     return max(1, int(found.get("CPU", 0))), int(found.get("GPU", 0))
 
 
@@ -160,13 +160,14 @@ def _check_nodes(sample: Path) -> None:
     from ray.exceptions import TaskUnschedulableError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0)(_look)
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
-    for number, host in nodes.items():
-        there = NodeAffinitySchedulingStrategy(number, soft=False)
+    look, asked = ray.remote(num_cpus=0)(_look), []
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            asked.append((node["NodeManagerAddress"], there.remote(str(sample.resolve()))))
+    for host, answer in asked:
         try:
-            asked = look.options(scheduling_strategy=there).remote(str(sample.resolve()))
-            version, seen = ray.get(asked, timeout=_PATIENCE)
+            version, seen = ray.get(answer, timeout=_PATIENCE)
         except TaskUnschedulableError:
             continue  # it was lost a moment ago
         except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from autocompress.errors import RunError
 from autocompress.search import engine
 from tests import mini
 
-ROOT = str(Path(__file__).parents[2])
 NODE = {"num_cpus": 1, "node_ip_address": engine.LOOPBACK, "object_store_memory": 100 * 2**20}
 
 
@@ -27,11 +25,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     token = tmp_path_factory.mktemp("cluster") / "token"
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
-    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", path)
         # Ray would make the host's own address of loopback's
         with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
             made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})

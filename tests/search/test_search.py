@@ -20,14 +20,6 @@ from autocompress.search.run_folder import create_run, existing_run
 from tests import mini
 from tests.conftest import small_digits
 
-ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes find the tasks in tests/mini.py."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]))
-
 
 def test_a_time_budget_ends_the_search_after_one_trial_at_least(tmp_path: Path) -> None:
     seen: list[ac.Progress] = []

@@ -1,0 +1,55 @@
+"""What makes a worker's Workshop in another process."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from autocompress.errors import TaskError
+from autocompress.space import BoundSpace
+from autocompress.task import Task, load_task
+from autocompress.trial import Workshop
+
+
+@dataclass
+class _Plan:
+    """Pickled once. task: its name where it has one. model: pickled by itself, so that each worker has its own."""
+
+    task: Task | str
+    model: bytes
+    space: BoundSpace
+    folder: str
+    seed: int
+
+    def __call__(self) -> Workshop:
+        import cloudpickle
+
+        task = load_task(self.task) if isinstance(self.task, str) else self.task
+        model = cloudpickle.loads(self.model)
+        return Workshop(task, model, self.space, Path(self.folder), self.seed, fastest_device())
+
+
+def fastest_device() -> str:
+    """Of this process: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, folder: Path, seed: int) -> bytes:
+    """cloudpickle of a function that makes the Workshop. named: workers find the task by its name.
+
+    Raises TaskError when the task cannot be pickled.
+    """
+    import cloudpickle
+
+    model = cloudpickle.dumps(copy.deepcopy(original).cpu())
+    plan = _Plan(task.name if named else task, model, space, str(folder.resolve()), seed)
+    try:
+        return bytes(cloudpickle.dumps(plan))
+    except Exception as error:
+        raise TaskError(
+            f"task {task.name!r} cannot be sent to workers ({error}); name it as package.module:function instead"
+        ) from error
