@@ -4,11 +4,12 @@
     python -m benchmarks.search --table | --markdown | --plot FILE
 
 Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number
-of epochs. Optuna's samplers start every trial from the original's weights. Ours knows its budget: it has a run of 10,
-one of 25 and one of 50 trials. Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate`
-(no price of bits), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast` (nothing is
-learned from parents and children). `max-size` is ours with a size to meet,
-`everything` ours in the space of every technique (all others: `default`).
+of epochs. Optuna's samplers start every trial from the original's weights, at the task's own learning rate, which
+`nsga2-rates` may choose, too. Ours knows its budget: it has a run of 10, one of 25 and one of 50 trials. Ablations of
+ours: `no-lineage` (every trial starts from the original too), `no-rate` (no price of bits), `no-race` (the task's own
+learning rate), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast` (nothing is
+learned from parents and children). `max-size` is ours with a size to meet, `everything` ours in the space of every
+technique (all others: `default`).
 
 Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's float32 file, and
 an error of twice the original's plus 5 points. One process a core; each finished job is a file in
@@ -96,27 +97,30 @@ METHODS: dict[str, Method] = {
     "random": _optuna(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
     "tpe": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True)),
     "nsga2": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
+    "nsga2-rates": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
     "gp": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
     "no-lineage": _frontier,
     "no-rate": _frontier,
+    "no-race": _frontier,
     "no-profile": _without_profile,
     "no-forecast": lambda profile, budget, base, seed, size: _Unlearning(profile, budget, base, seed),
     "everything": _frontier,
     "max-size": lambda profile, budget, base, seed, size: ac.FrontierSampler(profile, budget, base, seed, size),
 }
-OPTUNA = ("random", "tpe", "nsga2", "gp")
-LONG_METHODS, LONG_SEEDS = ("nsga2",), 2
+OPTUNA = ("random", "tpe", "nsga2", "nsga2-rates", "gp")
+LONG_SEEDS = {"nsga2": 2, "nsga2-rates": 1}
 """Run to 400 trials, by so many of the seeds."""
-LONGEST, LONGEST_TASK = 1000, "lenet_300_100"
-"""Trials of the first seed of the task that has one such run."""
+LONGEST, LONGEST_RUN = 1000, ("lenet_300_100", "nsga2", 0)
+"""Trials of the one longest run, and its task, method and seed."""
 Job = tuple[str, str, int, int]
 """(task, method, seed, trials)."""
 
 
 def space_for(method: str) -> ac.SearchSpace:
     space = ac.SearchSpace.named("everything" if method == "everything" else "default")
-    model = {name: choices for name, choices in space.training.items() if name != "rate_penalty"}
-    return replace(space, training=model) if method == "no-rate" else space
+    without = {"no-rate": "rate_penalty"} | dict.fromkeys({"no-race", *OPTUNA} - {"nsga2-rates"}, "learning_rate")
+    left = {name: choices for name, choices in space.training.items() if name != without.get(method)}
+    return replace(space, training=left)
 
 
 def run_job(job: Job) -> None:
@@ -209,17 +213,18 @@ def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[Job]:
     for seed, task, method in itertools.product(range(seeds), tasks, methods):
         if method == "frontier":
             out += [(task, method, seed, budget) for budget in AT[:3]]
-        elif method not in LONG_METHODS or seed >= LONG_SEEDS:
+        elif seed >= LONG_SEEDS.get(method, 0):
             out.append((task, method, seed, BUDGET))
-    for method, seed, task in itertools.product(LONG_METHODS, range(LONG_SEEDS), tasks):
+    for method, task in itertools.product(LONG_SEEDS, tasks):
         if method in methods:
-            out.append((task, method, seed, LONGEST if seed == 0 and task == LONGEST_TASK else LONG))
+            runs = [(task, method, seed) for seed in range(LONG_SEEDS[method])]
+            out += [(*run, LONGEST if run == LONGEST_RUN else LONG) for run in runs]
     return out
 
 
 def recorded(task: str, method: str, count: int) -> list[dict[str, Any]]:
     """The runs that tell what a method reaches with `count` trials."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{task}-{method}-*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{task}-{method}-[0-9]*.json"))]
     return [r for r in runs if r["job"][3] == count or (r["job"][3] > count and method in OPTUNA)]
 
 

@@ -5,6 +5,7 @@ has an example.
 Each proposal also names the finished trial whose fine-tuned weights it should start from (user attribute
 `parent`), which turns a search into gradual compression along many paths at once.
 
+    race      at first, and where the space leaves learning rates open: one heavy recipe at several of them;
     walk      from large to small: each step plans a somewhat smaller recipe around the nearest larger
               finished trial, with the effects that were probed at that trial's own weights;
     improve   where the front is expected to gain most hypervolume, as the trials so far tell: a step down from
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,7 @@ from autocompress.search.acquisition import Region, expected_improvement
 from autocompress.search.forecast import MOVES, BytesForecast, Forecast, Step
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
+from autocompress.search.race import RACE, Race
 from autocompress.space import BoundSpace, without_void
 from autocompress.techniques.base import structures, trainings
 
@@ -46,6 +48,9 @@ one layer's level for another's at about equal bytes (EvoPress, Sieberling et al
 _USEFUL, _UNIT = 0.06, 0.05
 """Share of the original's accuracy that a file may lose and still be of use; and share of that by which the ceiling
 lies above the best accuracy."""
+_RACED, _RACE_FROM = 0.65, 20
+"""How far down the walk, in logarithms of bytes, the recipe is that learning rates are raced by; and trials of the
+smallest budget with a race."""
 _PLANNED = ("channels", "sparsity", "weights")
 """Dimensions that step from one choice to the next."""
 _REACH = 0.2
@@ -136,6 +141,8 @@ class FrontierSampler(BaseSampler):
         self._ratios: dict[int, float] = {}
         self._bytes_forecast: tuple[int, BytesForecast] | None = None
         self._training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
+        paced = [key for key, d in self._training.items() if any(trainings()[d.name].pace(c) != 1 for c in d.choices)]
+        self.race = Race(self.dimensions[paced[0]], base_accuracy) if paced else None
         self._permanent = {key: structures()[d.name] for key, d in self.dimensions.items() if _is_permanent(d.name)}
         rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
         # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
@@ -167,6 +174,8 @@ class FrontierSampler(BaseSampler):
                 point = self._points[finished.number] = Point(finished, self.dimensions)
                 if point.move == "train" and point.parent in self._points:
                     point.trained = self._points[point.parent].trained + 1
+        if self.race:
+            self.race.note([t for t in trials if t.number != trial.number])
         done = [self._points[number] for number in sorted(self._points)]
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
         rng = random.Random(f"{self.seed} {trial.number}")
@@ -183,14 +192,22 @@ class FrontierSampler(BaseSampler):
         self, done: Sequence[Point], running: Sequence[FrozenTrial], number: int, rng: random.Random
     ) -> Proposal:
         first, last, count = self._walk()
-        if number >= count or self._collapsed(done):
+        if self.race and self.budget >= _RACE_FROM:
+            rate = self.race.next()
+            if rate is not None:
+                racer = self._step([], first ** (1 - _RACED) * last**_RACED, rng, noise=0.0)
+                assert racer.chosen is not None
+                return replace(racer, move=RACE, chosen={**racer.chosen, self.race.key: rate})
+            number -= self.race.trials
+        walked = [p for p in done if p.move != RACE]
+        if number >= count or self._collapsed(walked):
             if done:
                 return self._improve(done, running, rng)
             return self._step(done, first, rng, noise=0.5)
-        pending = len(running)
-        if not done:
+        pending = sum(t.user_attrs.get("move") != RACE for t in running)
+        if not walked:
             return self._step(done, first * _LONGEST ** (pending / count), rng, noise=0.5 if pending else 0.0)
-        smallest = min(p.size for p in done)
+        smallest = min(p.size for p in walked)
         target = smallest * min(last / smallest, 0.97) ** ((1 + pending) / (count - number + pending))
         ancestor = self._ancestor(done, target)
         shortest = _LONGEST * (ancestor.size if ancestor else first)
@@ -200,7 +217,7 @@ class FrontierSampler(BaseSampler):
     def _walk(self) -> tuple[float, float, int]:
         """Bytes at which it begins and ends, and its steps: geometric, from light to heavy compression."""
         default, smallest = self._default_bytes, self.profile.smallest_bytes()
-        first = min(0.22 * default, self._uniform_bytes())
+        first = min(0.22 * default, self._uniform_bytes)
         last = max(smallest * 1.1, default / 1200)
         if self.max_size_bytes is not None:
             last = max(smallest, min(first, self.max_size_bytes) * 0.6)
@@ -209,6 +226,7 @@ class FrontierSampler(BaseSampler):
         count = min(max(1, round(WALK * self.budget), min(self.budget, _FEWEST)), _MOST)
         return first, max(last, first * _LONGEST ** (count - 1)), count
 
+    @cached_property
     def _uniform_bytes(self) -> float:
         """Bytes of a mild recipe: every dimension of bytes one third of the way."""
         chosen = self.profile.default()
@@ -227,7 +245,8 @@ class FrontierSampler(BaseSampler):
     ) -> Proposal:
         """A planned recipe of about `target` bytes, around the best ancestor."""
         parent = parent or self._ancestor(done, target)
-        start = self._trained(parent.reached if parent else self.profile.default(), parent, rng, change=noise > 0)
+        chosen = parent.reached if parent else self.profile.default()
+        start = self._trained(chosen, parent, target, rng, change=noise > 0)
         correction = self._correction(done, parent, start)
         effects, allowed = self._effects(parent, rng, noise), self._allowed(parent, noise > 0)
         chosen = plan(self.profile, effects, target / correction, start, allowed)
@@ -318,7 +337,7 @@ class FrontierSampler(BaseSampler):
         self, move: str, chosen: Mapping[str, Choice], parent: Point, done: Sequence[Point], rng: random.Random
     ) -> Proposal:
         """A recipe that is not planned: its bytes are what they are."""
-        chosen = self._trained(chosen, parent, rng)
+        chosen = self._trained(chosen, parent, parent.size, rng)
         predicted = self.profile.predict(chosen) * self._correction(done, parent, chosen)
         return Proposal(move, parent, predicted, parent.as_asked(chosen), predicted)
 
@@ -410,12 +429,17 @@ class FrontierSampler(BaseSampler):
         return allowed
 
     def _trained(
-        self, chosen: Mapping[str, Choice], parent: Point | None, rng: random.Random, change: bool = True
+        self, chosen: Mapping[str, Choice], parent: Point | None, target: float, rng: random.Random, change: bool = True
     ) -> dict[str, Choice]:
-        """Choices without a measurable effect are inherited and, where they may, sometimes changed, few at a time."""
+        """Choices without a measurable effect are inherited and, where they may, sometimes changed, few at a time; a
+        learning rate is the race's, the more so the smaller the file."""
         chosen = dict(chosen)
         for key, d in self._training.items():
-            if parent is None:
+            if self.race and key == self.race.key:
+                first, last, _ = self._walk()
+                share = math.log(first / target) / (_RACED * math.log(first / last) or 1.0)
+                chosen[key] = self.race.rate(min(max(share, 0.0), 1.0))
+            elif parent is None:
                 # a price of bits pays from the start: the middle one
                 priced = trainings()[d.name].penalty(d.choices[-1])
                 chosen[key] = d.choices[len(d.choices) // 2 if priced else 0]

@@ -256,6 +256,10 @@ class TrainingTechnique(Technique):
         """Price of the estimated rate in the loss: nats that half the bits of all layers are worth."""
         return 0.0
 
+    def pace(self, choice: Choice) -> float:
+        """Factor of the peak learning rate."""
+        return 1.0
+
     def term(self, choice: Choice, activations: Sequence[nn.Module]) -> Term | None:
         """A new part of the loss. activations: the candidate's activation modules."""
         return None

@@ -1,0 +1,92 @@
+"""Learning rates are tried on one heavy recipe, from the task's own rate on, as long as that pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autocompress.recipe import Recipe
+from autocompress.search.profile import Profile
+from autocompress.search.race import RACE
+from autocompress.search.sampler import FrontierSampler
+from autocompress.search.study import SearchStudy
+from autocompress.trial import TrialResult, TrialSpec
+from tests.search.conftest import BASE_ACCURACY, Outcome
+
+KEY = "model:learning_rate"
+
+
+@pytest.fixture
+def study(profile: Profile, tmp_path: Path) -> SearchStudy:
+    return SearchStudy(tmp_path, profile.space, 30, FrontierSampler(profile, 30, BASE_ACCURACY))
+
+
+def world(outcome: Outcome, best: float) -> Callable[[TrialSpec], TrialResult]:
+    """In which a learning rate is the worse, the further it is from the best."""
+
+    def run(spec: TrialSpec) -> TrialResult:
+        rate = Recipe.from_json(spec.recipe).as_dict().get(KEY, 1.0)
+        assert isinstance(rate, float)
+        result = outcome(spec)
+        return replace(result, val_accuracy=result.val_accuracy - 0.04 * abs(math.log2(rate / best)))
+
+    return run
+
+
+def raced(study: SearchStudy) -> list[float]:
+    return [t.params[KEY] for t in study.trials() if t.user_attrs["move"] == RACE]
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(1.0, [1, 2, 0.5]), (2.0, [1, 2, 4]), (4.0, [1, 2, 4]), (0.5, [1, 2, 0.5, 0.25])],
+)
+def test_the_race_climbs_as_long_as_it_pays(
+    best: float, tried: list[float], study: SearchStudy, outcome: Outcome
+) -> None:
+    run = world(outcome, best)
+    while (spec := study.ask()) is not None:
+        study.tell(spec.number, run(spec))
+    assert raced(study) == tried
+    recipes = [{k: v for k, v in t.params.items() if k != KEY} for t in study.trials()[: len(tried)]]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert all(t.user_attrs["parent"] is None for t in study.trials()[: len(tried)])
+    later = study.trials()[len(tried) :]
+    by_size = [t.params[KEY] for t in sorted(later, key=lambda t: t.user_attrs["target_bytes"])]
+    assert by_size[0] == best, "heavy files are trained at the rate that won"
+    assert by_size[-1] == 1.0, "light ones at the task's own"
+    assert later[0].user_attrs["parent"] is None, "the walk begins at the original"
+
+
+def test_workers_do_not_wait_for_the_race(study: SearchStudy, outcome: Outcome) -> None:
+    first = [study.ask() for _ in range(3)]
+    assert [study.get(spec.number).params[KEY] for spec in first if spec] == [1, 2, 1]
+    assert study.get(2).user_attrs["move"] == "step"
+    run = world(outcome, 2.0)
+    for spec in first[:2]:
+        assert spec is not None
+        study.tell(spec.number, run(spec))
+    study.ask()
+    assert raced(study) == [1, 2, 4]
+
+
+def test_a_rate_at_which_training_fails_has_lost(study: SearchStudy, outcome: Outcome) -> None:
+    while (spec := study.ask()) is not None:
+        if study.get(spec.number).params[KEY] > 1:
+            study.fail(spec.number, "Traceback\nthe loss became nan")
+        else:
+            study.tell(spec.number, outcome(spec))
+    assert raced(study) == [1, 2, 0.5]
+    assert all(t.params[KEY] <= 1 for t in study.trials()[3:])
+
+
+def test_small_budgets_have_no_race(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = SearchStudy(tmp_path, profile.space, 12, FrontierSampler(profile, 12, BASE_ACCURACY))
+    while (spec := study.ask()) is not None:
+        study.tell(spec.number, outcome(spec))
+    assert raced(study) == []
+    assert {t.params[KEY] for t in study.trials()} == {1.0}
