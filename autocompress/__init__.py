@@ -6,6 +6,7 @@ from autocompress import techniques as techniques
 from autocompress.artifact import Artifact, load, read_artifact
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Evaluation, evaluate
+from autocompress.export import Exported, export
 from autocompress.front import FrontPoint, ParetoFront
 from autocompress.recipe import Recipe
 from autocompress.search.controller import Progress, profile, resume, search
@@ -20,6 +21,7 @@ __all__ = [
     "Artifact",
     "AutocompressError",
     "Evaluation",
+    "Exported",
     "FrontPoint",
     "FrontierSampler",
     "ParetoFront",
@@ -31,6 +33,7 @@ __all__ = [
     "Workshop",
     "__version__",
     "evaluate",
+    "export",
     "load",
     "profile",
     "read_artifact",

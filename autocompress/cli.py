@@ -297,6 +297,28 @@ def evaluate(
 
 
 @app.command()
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An .acz file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: a name that ends with .onnx or .pt2.")],
+    task: TaskOption = "digits",
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model of a file as ONNX or as an exported program of PyTorch, and measure what was written."""
+    from autocompress import export as export_file
+
+    made = export_file(file, task, output)
+    if as_json:
+        print_json({**asdict(made), "path": str(made.path)})
+        return
+    out.print(
+        f"{made.path}: {made.size_bytes} bytes, validation accuracy {made.val_accuracy:.4f}, "
+        f"test accuracy {made.test_accuracy:.4f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def inspect(
     task: TaskOption = "digits",
     space: Annotated[str, typer.Option(help="Search space to bind to the model.")] = "default",

@@ -30,6 +30,10 @@ class ArtifactError(AutocompressError):
     """A file is not a readable artifact, or does not fit the model it is loaded into."""
 
 
+class ExportError(AutocompressError):
+    """A model cannot be written in another format."""
+
+
 class RunError(AutocompressError):
     """A run folder is missing, broken, taken or in use."""
 

@@ -39,8 +39,8 @@ class Task:
     forward: optional `forward(model, batch) -> (output, target)` for batches of any other form.
     pretrain: optional `pretrain(model)` that trains what `model` builds, in place. A search calls it
         once and keeps the weights in the run folder; `evaluate` never does.
-    epochs, learning_rate: length and peak rate (AdamW, one cycle) of the fine-tuning of one trial. Heavy compression
-        takes larger rates than the original did: docs/search.md tells how much that was worth.
+    epochs, learning_rate: length and peak rate (AdamW, one cycle) of the fine-tuning of one trial; a search finds by
+        itself which multiple of the rate suits heavy compression (docs/search.md).
     """
 
     model: nn.Module | Callable[[], nn.Module]

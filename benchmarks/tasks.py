@@ -213,7 +213,7 @@ def digit_rows() -> Task:
 
 
 def digits_short() -> Task:
-    """The built-in `digits`, for many searches: 5 epochs a trial instead of 8, the original kept in runs/."""
+    """The built-in `digits`, for many searches: 5 epochs a trial, the original kept in runs/."""
     return replace(_with_kept_original(digits()), epochs=5)
 
 
@@ -229,7 +229,7 @@ def lenet5() -> Task:
 
 def lenet5_full() -> Task:
     """MNIST; trials train on all 55,000 images, the original is kept in runs/."""
-    task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 2, VALIDATION)
+    task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 4, VALIDATION)
     return _with_kept_original(task)
 
 

@@ -84,6 +84,14 @@ def test_evaluate_says_what_the_front_says(place: Path) -> None:
         assert measured == {key: point[key] for key in ("size_bytes", "val_accuracy", "test_accuracy")}
 
 
+def test_export_tells_what_was_written(place: Path) -> None:
+    point = front_of(place)["front"][0]
+    file = str(Path("runs") / "demo" / str(point["artifact"]))
+    told = json.loads(cli(place, "export", file, "--task", "tests.mini:task", "-o", "small.pt2", "--json").stdout)
+    assert told["size_bytes"] == (place / "small.pt2").stat().st_size
+    assert (told["val_accuracy"], told["test_accuracy"]) == (point["val_accuracy"], point["test_accuracy"])
+
+
 def test_the_inside_of_a_file(place: Path) -> None:
     file = str(Path("runs") / "demo" / str(front_of(place)["front"][0]["artifact"]))
     shown = cli(place, "show", file).stdout

@@ -1,0 +1,131 @@
+"""A decoded model for other programs: an exported program of PyTorch, or ONNX.
+
+Both hold the graph and float32 weights. They need neither this package nor the model's class, and are much larger
+than the artifact, which stays what is kept and shipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
+
+from autocompress.artifact import load, write_file
+from autocompress.errors import AutocompressError, ExportError
+from autocompress.task import Task, batch_size, load_task, measure
+
+FORMATS = (".pt2", ".onnx")
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """path: what was written. size_bytes: of that file on disk. Accuracies: the task's metric of that file, run by
+    PyTorch or by ONNX Runtime."""
+
+    path: Path
+    size_bytes: int
+    val_accuracy: float
+    test_accuracy: float
+
+
+def export(path: str | Path, task: Task | str, output: str | Path) -> Exported:
+    """Write the model of a `.acz` file to `output`, and measure what was written on both held-out splits.
+
+    output: its ending tells the format, `.pt2` (`torch.export`) or `.onnx` (with the packages of `autocompress[onnx]`).
+    What is written takes batches of any length that the model takes.
+
+    Raises ArtifactError when the file cannot be read or does not fit the task's model, ExportError for another ending,
+    for packages that are missing, and for a model that cannot be exported.
+    """
+    output = Path(output)
+    if output.suffix not in FORMATS:
+        raise ExportError(f"cannot export to {str(output)!r}: give a name that ends with {' or '.join(FORMATS)}")
+    missing = [name for name in _ONNX if output.suffix == ".onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
+    given = load_task(task) if isinstance(task, str) else task
+    model = load(path, given.build())
+    try:
+        program = _program(given, model)
+        write_file(output, _as_onnx(program) if output.suffix == ".onnx" else _as_pt2(program))
+        written = _Onnx(output, program) if output.suffix == ".onnx" else _Pt2(output)
+        return Exported(output, output.stat().st_size, measure(given, written, "val"), measure(given, written, "test"))
+    except (AutocompressError, OSError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise ExportError(f"the model of {str(path)!r} cannot be exported to {output.suffix}: {reason}") from error
+
+
+def _program(task: Task, model: nn.Module) -> ExportedProgram:
+    """The model as the first batch of the validation split calls it."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    batch = next(task.batches("val"))
+    handle = model.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with torch.no_grad():
+        task.run(model, batch)
+    handle.remove()
+    args, kwargs = calls[0]
+
+    def any_length(value: Any) -> dict[int, Any] | None:
+        batched = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch_size(batch)
+        return {0: torch.export.Dim.AUTO} if batched else None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = (*tree_map(any_length, args), *tree_map(any_length, kwargs).values())
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+
+
+def _as_pt2(program: ExportedProgram) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def _as_onnx(program: ExportedProgram) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a torchvision that is not needed
+        made = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert made is not None
+    return bytes(made.model_proto.SerializeToString())
+
+
+class _Pt2(nn.Module):
+    """An exported program as the task calls models."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._run = (torch.export.load(path).module(),)  # in a tuple: such a module cannot be told to evaluate
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run[0](*args, **kwargs)
+
+
+class _Onnx(nn.Module):
+    """A file of ONNX as the task calls models. program: which it was made of, and whose output it has."""
+
+    def __init__(self, path: Path, program: ExportedProgram) -> None:
+        super().__init__()
+        import onnxruntime
+
+        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self._output = program.call_spec.out_spec
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = [entry.name for entry in self._session.get_inputs()]
+        values = [leaf.numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = self._session.run(None, dict(zip(names, values, strict=True)))
+        assert self._output is not None
+        return tree_unflatten([torch.from_numpy(output) for output in outputs], self._output)
