@@ -229,7 +229,7 @@ def lenet5() -> Task:
 
 def lenet5_full() -> Task:
     """MNIST; trials train on all 55,000 images, the original is kept in runs/."""
-    task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 4, VALIDATION)
+    task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 2, VALIDATION)
     return _with_kept_original(task)
 
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import autocompress  # noqa: F401  (registers the techniques)
+from autocompress.space import BoundSpace
 from autocompress.task import Task
 from autocompress.tasks.digits import SPLIT, load_images
+from autocompress.trial import Workshop
 
 N = 48
 torch.set_num_threads(1)
@@ -163,6 +165,20 @@ def zoo_task(name: str, epochs: int = 1) -> Task:
             output = model(*data) if isinstance(data, tuple) else model(data)
         batches.append((data, output.argmax(1)))
     return Task(model, batches[:1] * 2, batches[1:2], batches[2:], epochs=epochs, name=name)
+
+
+@functools.cache
+def _workshop_of_the_zoo(name: str) -> Workshop:
+    task = zoo_task(name)
+    return Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+
+
+def workshop_of(task: Task) -> Workshop:
+    """Where candidates of the task are made, without a run folder. Models of the zoo are analysed once: no candidate
+    changes its original."""
+    if task.name in ZOO:
+        return _workshop_of_the_zoo(task.name)
+    return Workshop(task, task.build(), BoundSpace(()), Path(), 0)
 
 
 def agree(output: Tensor, target: Tensor) -> float:

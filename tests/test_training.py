@@ -19,11 +19,11 @@ from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
 from autocompress.training import divergence, fine_tune
 from autocompress.trial import CHECKPOINT, METRICS, Rung, TrialResult, TrialSpec, Workshop
-from tests.conftest import small_digits, zoo_task
+from tests.conftest import small_digits, workshop_of, zoo_task
 
 
 def candidate_of(task: Task, choices: dict[str, str | int | float]) -> Candidate:
-    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    workshop = workshop_of(task)
     return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from autocompress.artifact import load, read_artifact
 from autocompress.recipe import Choice
-from autocompress.space import BoundSpace, SearchSpace
+from autocompress.space import SearchSpace
 from autocompress.task import Task, measure
 from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
 
@@ -28,8 +28,7 @@ model: {vectors: [float32, e8m5]}
 
 
 def workshop_of(task: Task, folder: Path) -> Workshop:
-    probe = Workshop(task, task.build(), BoundSpace(()), folder, 0)
-    return Workshop(task, task.build(), SPACE.bind(probe.anatomy), folder, 0)
+    return Workshop(task, task.build(), SPACE, folder, 0)
 
 
 def run(workshop: Workshop, number: int, chosen: dict[str, Choice], parent: int | None = None) -> TrialResult:

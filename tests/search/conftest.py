@@ -10,7 +10,7 @@ import pytest
 from autocompress.recipe import Recipe
 from autocompress.search.profile import Profile
 from autocompress.search.study import SearchStudy
-from autocompress.space import BoundSpace, SearchSpace
+from autocompress.space import SearchSpace
 from autocompress.trial import TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits
 
@@ -22,9 +22,8 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """Effects and bytes measured on the trained perceptron."""
     task = small_digits()
     folder = tmp_path_factory.mktemp("profile")
-    anatomy = Workshop(task, task.build(), BoundSpace(()), folder, 0).anatomy
-    workshop = Workshop(task, task.build(), SearchSpace.named("default").bind(anatomy), folder, 0)
-    return Profile(workshop.space, anatomy, workshop.base_profile())
+    workshop = Workshop(task, task.build(), SearchSpace.named("default"), folder, 0)
+    return Profile(workshop.space, workshop.anatomy, workshop.base_profile())
 
 
 Outcome = Callable[[TrialSpec], TrialResult]

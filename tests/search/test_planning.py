@@ -17,7 +17,7 @@ from autocompress.search.profile import Profile
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
 from benchmarks.proposals import made_up
-from tests.conftest import small_digits, zoo_task
+from tests.conftest import small_digits, workshop_of, zoo_task
 
 
 def test_predicted_bytes_are_near_the_file_before_training(profile: Profile, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_vectors_as_they_are_change_nothing_and_fewer_bits_change_more() -> None
 def test_a_distance_is_never_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of float32 may round a divergence of nothing to -1e-9, and its root is taken for the learning rate."""
     task = small_digits()
-    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    workshop = workshop_of(task)
     prober = workshop.prober
     monkeypatch.setattr("autocompress.probing.divergence", lambda *given: torch.tensor(-1e-9))
     assert prober.distance(workshop.original) == 0

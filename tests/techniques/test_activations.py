@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,20 +10,18 @@ from autocompress.artifact import pack, unpack
 from autocompress.compression import Candidate
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
-from autocompress.space import BoundSpace
 from autocompress.task import Task, measure
 from autocompress.techniques.base import structures
 from autocompress.techniques.piecewise_linear import PiecewiseLinear
 from autocompress.training import fine_tune
-from autocompress.trial import Workshop
-from tests.conftest import ZOO, small_digits, zoo_task
+from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 ACTIVATION = structures()["activation"]
 OFFERED = ["relu6", "hardswish", "piecewise-8", "step", "step-sigmoid", "fatrelu-0.8", "topk-0.2"]
 
 
 def candidate_of(task: Task, choices: dict[str, Choice]) -> Candidate:
-    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    workshop = workshop_of(task)
     return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
 
 
@@ -40,7 +36,7 @@ def replaced(choice: str, old: nn.Module, inputs: Tensor) -> nn.Module:
 @pytest.mark.parametrize("name", ["mlp", "residual", "conv1d", "transformer", "unet", "two_inputs"])
 def test_the_file_gives_back_the_trained_function(choice: str, name: str) -> None:
     task = zoo_task(name)
-    sites = Workshop(task, task.build(), BoundSpace(()), Path(), 0).anatomy.activations
+    sites = workshop_of(task).anatomy.activations
     candidate = candidate_of(task, {f"{site}:activation": choice for site in sites})
     for _ in fine_tune(task, candidate, task.build(), 1):
         pass

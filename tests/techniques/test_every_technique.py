@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from autocompress.anatomy import Anatomy
 from autocompress.artifact import load, pack, unpack
 from autocompress.compression import Candidate
 from autocompress.rate import RateModel
@@ -19,7 +18,7 @@ from autocompress.techniques import names
 from autocompress.techniques.base import Technique, structures, techniques, trainings
 from autocompress.training import fine_tune
 from autocompress.trial import TrialResult, TrialSpec, Workshop
-from tests.conftest import small_digits, zoo_task
+from tests.conftest import small_digits, workshop_of, zoo_task
 
 EVERY = [(technique, choice) for technique in techniques() for choice in technique.examples()]
 IDS = [f"{technique.name}-{choice}" for technique, choice in EVERY]
@@ -27,7 +26,7 @@ IDS = [f"{technique.name}-{choice}" for technique, choice in EVERY]
 
 def everywhere(technique: Technique, choice: Choice, task: Task) -> tuple[Workshop, Recipe]:
     """A recipe that asks for this choice wherever it fits, beside something for it to act on."""
-    workshop = Workshop(task, task.build(), SearchSpace.parse(CARRIER).bind(anatomy_of(task)), Path(), 0)
+    workshop = workshop_of(task)
     chosen: dict[str, Choice] = {}
     for layer in workshop.anatomy.layers:
         chosen |= {f"{layer.name}:sparsity": 0.5, f"{layer.name}:weights": "int6"}
@@ -37,17 +36,6 @@ def everywhere(technique: Technique, choice: Choice, task: Task) -> tuple[Worksh
         if technique.fits(choice, site, workshop.anatomy):
             chosen[f"{site}:{technique.name}"] = choice
     return workshop, Recipe.of(chosen)
-
-
-CARRIER = """
-layers: {"*": {sparsity: [0, 0.5], weights: [float32, int6], channels: [1.0, 0.75]}}
-"""
-
-
-def anatomy_of(task: Task) -> Anatomy:
-    from autocompress.space import BoundSpace
-
-    return Workshop(task, task.build(), BoundSpace(()), Path(), 0).anatomy
 
 
 @pytest.mark.parametrize(("technique", "choice"), EVERY, ids=IDS)
@@ -114,8 +102,7 @@ def test_every_file_is_in_the_table_and_the_table_in_the_docs() -> None:
 def test_a_trial_tells_activation_sparsity_and_what_a_step_costs(tmp_path: Path) -> None:
     task = small_digits(1)
     text = "{layers: {'*': {activation: [keep, fatrelu-0.8]}}, model: {precision: [bfloat16]}}"
-    space = SearchSpace.parse(text).bind(anatomy_of(task))
-    workshop = Workshop(task, task.build(), space, tmp_path, 0)
+    workshop = Workshop(task, task.build(), SearchSpace.parse(text), tmp_path, 0)
     recipe = Recipe.of({"2:activation": "fatrelu-0.8", f"{MODEL}:precision": "bfloat16"})
     *_, result = workshop.run(TrialSpec(0, recipe.to_json()))
     assert isinstance(result, TrialResult)

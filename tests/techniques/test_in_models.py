@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,10 +10,9 @@ from autocompress.artifact.container import decode_artifact
 from autocompress.compression import Candidate
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
-from autocompress.space import BoundSpace
 from autocompress.task import Task
 from autocompress.training import fine_tune
-from autocompress.trial import Workshop
+from tests.conftest import workshop_of
 
 CODINGS: list[Choice] = ["float8-e4m3", "int4", "int4-channel", "ternary", "binary", "codebook-8"]
 SPARSITIES: list[Choice] = [0.5, "2:4", "threshold-0.5"]
@@ -23,7 +20,7 @@ SPARSITIES: list[Choice] = [0.5, "2:4", "threshold-0.5"]
 
 def candidate_of(task: Task, choices: dict[str, Choice]) -> Candidate:
     """Every layer with the same choices, as dimension -> choice."""
-    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    workshop = workshop_of(task)
     named = {f"{layer.name}:{name}": choice for layer in workshop.anatomy.layers for name, choice in choices.items()}
     return Candidate(workshop.original, workshop.anatomy, Recipe.of(named), workshop.calibration)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +13,15 @@ from autocompress.artifact import pack, unpack
 from autocompress.compression import Candidate
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
-from autocompress.space import BoundSpace, SearchSpace
+from autocompress.space import SearchSpace
 from autocompress.task import Calibration, Task, load_task, measure
 from autocompress.techniques.base import structures
 from autocompress.training import fine_tune
 from autocompress.trial import Workshop
-from tests.conftest import ZOO, small_digits, zoo_task
+from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 STRUCTURE = structures()["structure"]
 CHOICES = ["drop", "lowrank-0.25", "stack-2x0.25"]
-
-
-def workshop_of(task: Task) -> Workshop:
-    return Workshop(task, task.build(), BoundSpace(()), Path(), 0)
 
 
 def candidate_of(workshop: Workshop, choices: dict[str, Choice], parent: Candidate | None = None) -> Candidate:

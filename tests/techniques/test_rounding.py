@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,12 +10,10 @@ from torch import Tensor
 from autocompress.artifact import pack
 from autocompress.compression import Candidate
 from autocompress.recipe import Recipe
-from autocompress.space import BoundSpace
 from autocompress.task import measure
 from autocompress.techniques.base import IntegerWeights, trainings
 from autocompress.training import fine_tune
-from autocompress.trial import Workshop
-from tests.conftest import small_digits
+from tests.conftest import small_digits, workshop_of
 
 ROUNDING = trainings()["rounding"]
 
@@ -53,7 +50,7 @@ def test_a_price_on_rounding_makes_the_file_smaller_and_keeps_the_pruned() -> No
     for price in (0, 0.3):
         torch.manual_seed(0)
         task = small_digits()
-        workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+        workshop = workshop_of(task)
         choices = {"1:weights": "int5", "3:weights": "int5", "1:sparsity": 0.5, "model:rounding": price}
         candidate = Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
         for _ in fine_tune(task, candidate, task.build(), 6):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,20 +13,18 @@ from autocompress.artifact import pack, unpack
 from autocompress.compression import Candidate
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
-from autocompress.space import BoundSpace
 from autocompress.task import Calibration, Task
 from autocompress.techniques.activation_bits import InputQuantizer
 from autocompress.techniques.base import SparseLayer, coding_of, structures, trainings
 from autocompress.techniques.clipping import clip_range
 from autocompress.training import divergence, fine_tune, step_costs
-from autocompress.trial import Workshop
-from tests.conftest import ZOO, small_digits, zoo_task
+from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 REGROW, EXCHANGE = trainings()["regrow"], trainings()["exchange"]
 
 
 def candidate_of(task: Task, choices: dict[str, Choice]) -> Candidate:
-    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    workshop = workshop_of(task)
     return Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
 
 
@@ -201,7 +198,7 @@ def test_clipped_weights_keep_their_bits(clipping: str, choice: str) -> None:
 @pytest.mark.parametrize("name", ["mlp", "conv1d", "transformer"])
 def test_activation_ranges_survive_training_and_the_file(clipping: str, name: str) -> None:
     task = zoo_task(name)
-    inputs = Workshop(task, task.build(), BoundSpace(()), Path(), 0).anatomy.inputs
+    inputs = workshop_of(task).anatomy.inputs
     candidate = tuned(task, {f"{i}:activation_bits": 4 for i in inputs} | {"model:activation_clipping": clipping}, 2)
     decoded = unpack(pack(candidate.weights(), candidate.recipe), ZOO[name][0])
     batch = next(task.batches("val"))
@@ -283,7 +280,7 @@ def test_criteria_of_the_loss_find_the_channel_that_it_needs_least(criterion: st
 
 def test_a_step_in_bfloat16_keeps_less_for_the_backward_pass() -> None:
     task = zoo_task("unet")
-    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    workshop = workshop_of(task)
     recipe = Recipe.of({"model:precision": "bfloat16"})
     costs = step_costs(
         Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration), workshop.calibration
