@@ -247,18 +247,19 @@ def table(title: str, tasks: list[str], measured: Callable[[dict[str, Any], int]
 def draw(tasks: list[str], path: Path) -> None:
     """Hypervolume over trials, a panel for each task: the median run of each method's longest budget."""
     figure = Figure(figsize=(4 * len(tasks), 3.4), layout="constrained")
+    lines = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for place, method in enumerate(("frontier", *OPTUNA)):
             longest = max((count for count in AT if recorded(task, method, count)), default=None)
             if longest:
                 runs = [[area(run, n + 1) for n in range(longest)] for run in recorded(task, method, longest)]
                 middle = [statistics.median(at) for at in zip(*runs, strict=True)]
-                look = {"label": f"{method} ({len(runs)})", "color": f"C{place}", "lw": 1 if place else 2}
-                axes.plot(range(1, longest + 1), middle, **look)
+                look = {"color": f"C{place}", "lw": 1 if place else 2}
+                (lines[method],) = axes.plot(range(1, longest + 1), middle, **look)
         axes.set(xscale="log", xlabel="trials", title=task, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("hypervolume")
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(path, dpi=150)
 
 
