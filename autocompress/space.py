@@ -183,12 +183,18 @@ class SearchSpace:
         return _Reader(where).space(root, name)
 
     def bind(self, anatomy: Anatomy) -> BoundSpace:
-        """The joint space of one model. Raises SpaceError for a pattern that matches nothing, and for a choice that
-        cannot be applied to anything that its pattern matches; under `*` such choices are left out."""
+        """The joint space of one model. Raises SpaceError for a dimension in the wrong section, for a pattern that
+        matches nothing, and for a choice that cannot be applied to anything that its pattern matches; under `*` such
+        choices are left out."""
         bound: list[BoundDimension] = []
         everything = {site for dimension in _DIMENSIONS.values() for site in dimension.sites(anatomy)} - {MODEL}
+        for name in self.training:
+            if MODEL not in _DIMENSIONS[name].sites(anatomy):
+                raise SpaceError(f"space {self.name!r}: {name} is not the whole model's: name it under 'layers'")
         for pattern, named in self.rules:
             for name in named:
+                if [*_DIMENSIONS[name].sites(anatomy)] == [MODEL]:
+                    raise SpaceError(f"space {self.name!r}: {name} is the whole model's: name it under 'model'")
                 sites = [s for s in _DIMENSIONS[name].sites(anatomy) if s != MODEL]
                 if not any(fnmatchcase(site, pattern) for site in sites) and pattern != "*":
                     raise SpaceError(
