@@ -34,6 +34,10 @@ class Dimension(Protocol):
         """Whether `voids` is ever true."""
 
     @property
+    def sections(self) -> tuple[str, ...]:
+        """Where a space can name it: `layers`, `model`."""
+
+    @property
     def about(self) -> str:
         """One line for people."""
 
@@ -183,18 +187,12 @@ class SearchSpace:
         return _Reader(where).space(root, name)
 
     def bind(self, anatomy: Anatomy) -> BoundSpace:
-        """The joint space of one model. Raises SpaceError for a dimension in the wrong section, for a pattern that
-        matches nothing, and for a choice that cannot be applied to anything that its pattern matches; under `*` such
-        choices are left out."""
+        """The joint space of one model. Raises SpaceError for a pattern that matches nothing, and for a choice that
+        cannot be applied to anything that its pattern matches; under `*` such choices are left out."""
         bound: list[BoundDimension] = []
         everything = {site for dimension in _DIMENSIONS.values() for site in dimension.sites(anatomy)} - {MODEL}
-        for name in self.training:
-            if MODEL not in _DIMENSIONS[name].sites(anatomy):
-                raise SpaceError(f"space {self.name!r}: {name} is not the whole model's: name it under 'layers'")
         for pattern, named in self.rules:
             for name in named:
-                if [*_DIMENSIONS[name].sites(anatomy)] == [MODEL]:
-                    raise SpaceError(f"space {self.name!r}: {name} is the whole model's: name it under 'model'")
                 sites = [s for s in _DIMENSIONS[name].sites(anatomy) if s != MODEL]
                 if not any(fnmatchcase(site, pattern) for site in sites) and pattern != "*":
                     raise SpaceError(
@@ -269,6 +267,9 @@ class _Reader:
         for name, at, listed in self.mapping(node, key):
             if name not in _DIMENSIONS:
                 raise self.fail(at, f"unknown dimension {name!r} in {key}{near_misses(name, _DIMENSIONS)}")
+            sections = _DIMENSIONS[name].sections
+            if key.split(".")[0] not in sections:
+                raise self.fail(at, f"{name} cannot be chosen in {key}: name it under {' or '.join(sections)}")
             values = yaml.SafeLoader("").construct_object(listed, deep=True)
             parsed = []
             for value in values if isinstance(values, list) else [values]:

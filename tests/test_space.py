@@ -51,23 +51,13 @@ def test_later_rules_replace_earlier_ones(anatomy: Anatomy) -> None:
         ("layers: {'*': {weights: []}}", r"must list at least one"),
         ("description: nothing", r"nothing to search"),
         ("layers: {a: {weights: [int4]}, a: {weights: [int4]}}", r"'a' is given twice"),
+        ("layers:\n  '*':\n    learning_rate: [1, 2]", r"space.yaml:3: learning_rate cannot .* name it under model"),
+        ("model: {sparsity: [0, 0.5]}", r"space.yaml:1: sparsity cannot be chosen in model: name it under layers"),
     ],
 )
 def test_broken_yaml_names_file_line_and_key(text: str, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         SearchSpace.parse(text, "space.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("layers: {'*': {weights: [int4], learning_rate: [1, 2]}}", r"learning_rate is .* name it under 'model'"),
-        ("model: {sparsity: [0, 0.5]}", r"sparsity is .* name it under 'layers'"),
-    ],
-)
-def test_a_dimension_in_the_wrong_section_is_sent_to_the_right_one(text: str, message: str, anatomy: Anatomy) -> None:
-    with pytest.raises(SpaceError, match=message):
-        SearchSpace.parse(text).bind(anatomy)
 
 
 def test_pattern_without_a_match_names_near_ones(anatomy: Anatomy) -> None:

@@ -38,6 +38,9 @@ from autocompress.task import Calibration
 class _Unrestricted:
     """Every choice can be had on every machine, everywhere, and voids nothing, unless a technique says otherwise."""
 
+    sections: tuple[str, ...] = ("layers",)
+    """Of a search space, in which it can be named: `layers`, `model`."""
+
     def available(self, choice: Choice) -> bool:
         """Whether this machine can do it; a choice that is not available is left out of the space."""
         return True
@@ -246,6 +249,8 @@ class Term(AbstractContextManager[Any]):
 class TrainingTechnique(Technique):
     """A choice for the whole model: how a candidate is pruned and fine-tuned, not what its recipe asks of a layer."""
 
+    sections = ("model",)
+
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return [MODEL]
 
@@ -311,7 +316,9 @@ def register(technique: Technique) -> None:
         if technique.name not in dimensions():
             register_dimension(_CodingDimension("weights", technique.about, technique.sites))
             about = "number format of biases, norms and everything that is not a layer's weight"
-            register_dimension(_CodingDimension("vectors", about, lambda anatomy: [MODEL]))
+            vectors = _CodingDimension("vectors", about, lambda anatomy: [MODEL])
+            vectors.sections = ("model",)
+            register_dimension(vectors)
         return
     register_dimension(technique)
     if isinstance(technique, StructureTechnique):

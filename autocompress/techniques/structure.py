@@ -74,6 +74,7 @@ class Structures(StructureTechnique):
     name = "structure"
     default = _KEEP
     permanent = voiding = True
+    sections = ("layers", "model")
 
     @property
     def about(self) -> str:
