@@ -10,9 +10,10 @@ import importlib.util
 import io
 import logging
 import warnings
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,6 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 from autocompress.artifact import load, write_file
 from autocompress.errors import AutocompressError, ExportError
 from autocompress.task import Task, batch_size, load_task, measure
-
-FORMATS = (".pt2", ".onnx")
-_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,18 @@ def export(path: str | Path, task: Task | str, output: str | Path) -> Exported:
     for packages that are missing, and for a model that cannot be exported.
     """
     output = Path(output)
-    if output.suffix not in FORMATS:
+    kind = FORMATS.get(output.suffix)
+    if kind is None:
         raise ExportError(f"cannot export to {str(output)!r}: give a name that ends with {' or '.join(FORMATS)}")
-    missing = [name for name in _ONNX if output.suffix == ".onnx" and importlib.util.find_spec(name) is None]
+    missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise ExportError(f"{kind.name} needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
     given = load_task(task) if isinstance(task, str) else task
     model = load(path, given.build())
     try:
         program = _program(given, model)
-        write_file(output, _as_onnx(program) if output.suffix == ".onnx" else _as_pt2(program))
-        written = _Onnx(output, program) if output.suffix == ".onnx" else _Pt2(output)
+        write_file(output, kind.encode(program))
+        written = kind(output, program)
         return Exported(output, output.stat().st_size, measure(given, written, "val"), measure(given, written, "test"))
     except (AutocompressError, OSError):
         raise
@@ -87,41 +86,58 @@ def _program(task: Task, model: nn.Module) -> ExportedProgram:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
 
-def _as_pt2(program: ExportedProgram) -> bytes:
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    return file.getvalue()
+class _Written(nn.Module):
+    """A file as the task calls models. program: which it was made of."""
 
+    name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    """That must be there."""
 
-def _as_onnx(program: ExportedProgram) -> bytes:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a torchvision that is not needed
-        made = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert made is not None
-    return bytes(made.model_proto.SerializeToString())
-
-
-class _Pt2(nn.Module):
-    """An exported program as the task calls models."""
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, program: ExportedProgram) -> None:
         super().__init__()
+
+    @staticmethod
+    @abstractmethod
+    def encode(program: ExportedProgram) -> bytes:
+        """What the file holds."""
+
+
+class _Pt2(_Written):
+    name = "an exported program"
+
+    def __init__(self, path: Path, program: ExportedProgram) -> None:
+        super().__init__(path, program)
         self._run = (torch.export.load(path).module(),)  # in a tuple: such a module cannot be told to evaluate
+
+    @staticmethod
+    def encode(program: ExportedProgram) -> bytes:
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        return file.getvalue()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run[0](*args, **kwargs)
 
 
-class _Onnx(nn.Module):
-    """A file of ONNX as the task calls models. program: which it was made of, and whose output it has."""
+class _Onnx(_Written):
+    name = "ONNX"
+    packages = ("onnx", "onnxscript", "onnxruntime")
 
     def __init__(self, path: Path, program: ExportedProgram) -> None:
-        super().__init__()
+        super().__init__(path, program)
         import onnxruntime
 
         self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self._output = program.call_spec.out_spec
+
+    @staticmethod
+    def encode(program: ExportedProgram) -> bytes:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a torchvision that is not needed
+            made = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert made is not None
+        return bytes(made.model_proto.SerializeToString())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = [entry.name for entry in self._session.get_inputs()]
@@ -129,3 +145,7 @@ class _Onnx(nn.Module):
         outputs = self._session.run(None, dict(zip(names, values, strict=True)))
         assert self._output is not None
         return tree_unflatten([torch.from_numpy(output) for output in outputs], self._output)
+
+
+FORMATS: dict[str, type[_Written]] = {".pt2": _Pt2, ".onnx": _Onnx}
+"""Ending of a file -> its format."""

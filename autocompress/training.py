@@ -84,7 +84,7 @@ def fine_tune(
     device = device_of(model)
     peak = task.learning_rate if learning_rate is None else learning_rate
     choices: dict[str, Choice] = {technique.name: choice for technique, choice in candidate.training}
-    peak *= math.prod(technique.pace(choices[name]) for name, technique in trainings().items())
+    peak *= math.prod(technique.learning_rate_factor(choices[name]) for name, technique in trainings().items())
     penalty = math.fsum(technique.penalty(choices[name]) for name, technique in trainings().items())
     weights, others = candidate.trainable()
     groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]

@@ -5,11 +5,11 @@
 
 Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number
 of epochs. Optuna's samplers start every trial from the original's weights, at the task's own learning rate, which
-`nsga2-rates` may choose, too. Ours knows its budget: it has a run of 10, one of 25 and one of 50 trials. Ablations of
-ours: `no-lineage` (every trial starts from the original too), `no-rate` (no price of bits), `no-race` (the task's own
-learning rate), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast` (nothing is
-learned from parents and children). `max-size` is ours with a size to meet, `everything` ours in the space of every
-technique (all others: `default`).
+`nsga2-learning-rate` may choose, too. Ours knows its budget: it has a run of 10, one of 25 and one of 50 trials.
+Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate` (no price of bits), `no-race` (the
+task's own learning rate), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast`
+(nothing is learned from parents and children). `max-size` is ours with a size to meet, `everything` ours in the space
+of every technique (all others: `default`).
 
 Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's float32 file, and
 an error of twice the original's plus 5 points. One process a core; each finished job is a file in
@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
     "random": _optuna(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
     "tpe": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True)),
     "nsga2": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
-    "nsga2-rates": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
+    "nsga2-learning-rate": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
     "gp": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
     "no-lineage": _frontier,
     "no-rate": _frontier,
@@ -107,8 +107,8 @@ METHODS: dict[str, Method] = {
     "everything": _frontier,
     "max-size": lambda profile, budget, base, seed, size: ac.FrontierSampler(profile, budget, base, seed, size),
 }
-OPTUNA = ("random", "tpe", "nsga2", "nsga2-rates", "gp")
-LONG_SEEDS = {"nsga2": 2, "nsga2-rates": 1}
+OPTUNA = ("random", "tpe", "nsga2", "nsga2-learning-rate", "gp")
+LONG_SEEDS = {"nsga2": 2, "nsga2-learning-rate": 1}
 """Run to 400 trials, by so many of the seeds."""
 LONGEST, LONGEST_RUN = 1000, ("lenet_300_100", "nsga2", 0)
 """Trials of the one longest run, and its task, method and seed."""
@@ -118,7 +118,9 @@ Job = tuple[str, str, int, int]
 
 def space_for(method: str) -> ac.SearchSpace:
     space = ac.SearchSpace.named("everything" if method == "everything" else "default")
-    without = {"no-rate": "rate_penalty"} | dict.fromkeys({"no-race", *OPTUNA} - {"nsga2-rates"}, "learning_rate")
+    without = {"no-rate": "rate_penalty"} | dict.fromkeys(
+        {"no-race", *OPTUNA} - {"nsga2-learning-rate"}, "learning_rate"
+    )
     left = {name: choices for name, choices in space.training.items() if name != without.get(method)}
     return replace(space, training=left)
 

@@ -14,22 +14,25 @@ import autocompress as ac
 from autocompress.artifact import pack
 from autocompress.compression import Candidate
 from autocompress.errors import ExportError
-from autocompress.export import _ONNX
-from autocompress.recipe import Recipe
+from autocompress.export import FORMATS as KINDS
+from autocompress.recipe import Choice, Recipe
 from autocompress.trial import Workshop
-from tests.conftest import small_digits, zoo_task
+from tests.conftest import small_digits, workshop_of, zoo_task
 
-HAS_ONNX = all(importlib.util.find_spec(name) for name in _ONNX)
+HAS_ONNX = all(importlib.util.find_spec(name) for name in KINDS[".onnx"].packages)
 FORMATS = [".pt2", pytest.param(".onnx", marks=pytest.mark.skipif(not HAS_ONNX, reason="without autocompress[onnx]"))]
 
 
-def file_of(task: ac.Task, folder: Path, choices: dict[str, ac.recipe.Choice] | None = None) -> Path:
-    """A file of the task's model, not fine-tuned, with these choices or with some of every technique."""
-    workshop = Workshop(task, task.build(), ac.SearchSpace.named("everything"), folder, 0)
-    rng = random.Random(0)
-    heavy = {d.key: rng.choice(d.choices) for d in workshop.space if d.key != "model:structure"}
-    recipe = workshop.space.recipe({d.key: d.default for d in workshop.space} | heavy) if choices is None else None
-    candidate = Candidate(workshop.original, workshop.anatomy, recipe or Recipe.of(choices or {}), workshop.calibration)
+def some_of_everything(task: ac.Task) -> dict[str, Choice]:
+    rng, space = random.Random(0), Workshop(task, task.build(), ac.SearchSpace.named("everything"), Path(), 0).space
+    chosen = {d.key: rng.choice(d.choices) for d in space if d.key != "model:structure"}
+    return space.recipe({d.key: d.default for d in space} | chosen).as_dict()
+
+
+def file_of(task: ac.Task, folder: Path, choices: dict[str, Choice]) -> Path:
+    """A file of the task's model, not fine-tuned, with these choices."""
+    workshop = workshop_of(task)
+    candidate = Candidate(workshop.original, workshop.anatomy, Recipe.of(choices), workshop.calibration)
     candidate.set_masks()
     candidate.materialise()
     path = folder / "model.acz"
@@ -41,7 +44,7 @@ def file_of(task: ac.Task, folder: Path, choices: dict[str, ac.recipe.Choice] | 
 @pytest.mark.parametrize("name", ["residual", "transformer", "two_inputs"])
 def test_it_is_as_good_as_the_decoded_model(name: str, suffix: str, tmp_path: Path) -> None:
     task = zoo_task(name)
-    path = file_of(task, tmp_path)
+    path = file_of(task, tmp_path, some_of_everything(task))
     made = ac.export(path, task, tmp_path / f"model{suffix}")
     assert made.size_bytes == made.path.stat().st_size
     decoded = ac.evaluate(path, task)

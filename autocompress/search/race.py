@@ -22,14 +22,20 @@ _WINS = 0.9
 """A rate further from the task's own has to lose at most this share of the accuracy that its neighbour loses."""
 
 
+def has_learning_rates(dimension: BoundDimension) -> bool:
+    """Whether its choices are learning rates."""
+    technique = trainings().get(dimension.name)
+    return technique is not None and any(technique.learning_rate_factor(c) != 1 for c in dimension.choices)
+
+
 class Race:
-    """dimension: of a training technique that sets the pace. base_accuracy: of the original."""
+    """dimension: whose choices are learning rates. base_accuracy: of the original."""
 
     def __init__(self, dimension: BoundDimension, base_accuracy: float) -> None:
         self.key, self._base = dimension.key, base_accuracy
-        pace = trainings()[dimension.name].pace
-        self._choices = sorted(dimension.choices, key=pace)
-        self._own = min(range(len(self._choices)), key=lambda i: abs(math.log(pace(self._choices[i]))))
+        factor = trainings()[dimension.name].learning_rate_factor
+        self._choices = sorted(dimension.choices, key=factor)
+        self._own = min(range(len(self._choices)), key=lambda i: abs(math.log(factor(self._choices[i]))))
         self._lost: dict[Choice, float | None] = {}
 
     @property
@@ -52,7 +58,7 @@ class Race:
         """What is to be tried now; None when the race is over, or waits for a trial."""
         return self._climb()[1]
 
-    def rate(self, share: float) -> Choice:
+    def learning_rate(self, share: float) -> Choice:
         """The winner where `share` is 1, the task's own rate at 0, and between them in steps of the choices."""
         return self._choices[self._own + round(share * (self._climb()[0] - self._own))]
 

@@ -34,7 +34,7 @@ from autocompress.search.acquisition import Region, expected_improvement
 from autocompress.search.forecast import MOVES, BytesForecast, Forecast, Step
 from autocompress.search.planner import plan
 from autocompress.search.profile import Profile
-from autocompress.search.race import RACE, Race
+from autocompress.search.race import RACE, Race, has_learning_rates
 from autocompress.space import BoundSpace, without_void
 from autocompress.techniques.base import structures, trainings
 
@@ -141,8 +141,7 @@ class FrontierSampler(BaseSampler):
         self._ratios: dict[int, float] = {}
         self._bytes_forecast: tuple[int, BytesForecast] | None = None
         self._training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
-        paced = [key for key, d in self._training.items() if any(trainings()[d.name].pace(c) != 1 for c in d.choices)]
-        self.race = Race(self.dimensions[paced[0]], base_accuracy) if paced else None
+        self.race = next((Race(d, base_accuracy) for d in profile.space if has_learning_rates(d)), None)
         self._permanent = {key: structures()[d.name] for key, d in self.dimensions.items() if _is_permanent(d.name)}
         rebuilding = [key for key, d in self.dimensions.items() if _rebuilds(d.name)]
         # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
@@ -193,11 +192,11 @@ class FrontierSampler(BaseSampler):
     ) -> Proposal:
         first, last, count = self._walk()
         if self.race and self.budget >= _RACE_FROM:
-            rate = self.race.next()
-            if rate is not None:
-                racer = self._step([], first ** (1 - _RACED) * last**_RACED, rng, noise=0.0)
+            learning_rate = self.race.next()
+            if learning_rate is not None:
+                racer = self._step([], self._raced_bytes(), rng, noise=0.0)
                 assert racer.chosen is not None
-                return replace(racer, move=RACE, chosen={**racer.chosen, self.race.key: rate})
+                return replace(racer, move=RACE, chosen={**racer.chosen, self.race.key: learning_rate})
             number -= self.race.trials
         walked = [p for p in done if p.move != RACE]
         if number >= count or self._collapsed(walked):
@@ -225,6 +224,11 @@ class FrontierSampler(BaseSampler):
         first = max(first, last * 1.2)
         count = min(max(1, round(WALK * self.budget), min(self.budget, _FEWEST)), _MOST)
         return first, max(last, first * _LONGEST ** (count - 1)), count
+
+    def _raced_bytes(self) -> float:
+        """Of the recipe that learning rates are raced by."""
+        first, last, _ = self._walk()
+        return first * math.exp(_RACED * math.log(last / first))
 
     @cached_property
     def _uniform_bytes(self) -> float:
@@ -436,9 +440,9 @@ class FrontierSampler(BaseSampler):
         chosen = dict(chosen)
         for key, d in self._training.items():
             if self.race and key == self.race.key:
-                first, last, _ = self._walk()
-                share = math.log(first / target) / (_RACED * math.log(first / last) or 1.0)
-                chosen[key] = self.race.rate(min(max(share, 0.0), 1.0))
+                first, raced = self._walk()[0], self._raced_bytes()
+                share = math.log(first / target) / math.log(first / raced) if raced < first else 0.0
+                chosen[key] = self.race.learning_rate(min(max(share, 0.0), 1.0))
             elif parent is None:
                 # a price of bits pays from the start: the middle one
                 priced = trainings()[d.name].penalty(d.choices[-1])

@@ -261,8 +261,8 @@ class TrainingTechnique(Technique):
         """Price of the estimated rate in the loss: nats that half the bits of all layers are worth."""
         return 0.0
 
-    def pace(self, choice: Choice) -> float:
-        """Factor of the peak learning rate."""
+    def learning_rate_factor(self, choice: Choice) -> float:
+        """Of the peak learning rate."""
         return 1.0
 
     def term(self, choice: Choice, activations: Sequence[nn.Module]) -> Term | None:
@@ -292,8 +292,10 @@ class _CodingDimension(_Unrestricted):
     default: Choice = "float32"
     voiding = False
 
-    def __init__(self, name: str, about: str, sites: Callable[[Anatomy], Sequence[str]]) -> None:
-        self.name, self.about, self.sites = name, about, sites
+    def __init__(
+        self, name: str, about: str, sites: Callable[[Anatomy], Sequence[str]], sections: tuple[str, ...]
+    ) -> None:
+        self.name, self.about, self.sites, self.sections = name, about, sites, sections
 
     def parse(self, raw: Any) -> Choice:
         if raw not in coding_choices():
@@ -314,11 +316,9 @@ def register(technique: Technique) -> None:
             raise ValueError(f"coding tag {technique.tag} is taken by {_CODINGS[technique.tag]}")
         _CODINGS[technique.tag] = technique
         if technique.name not in dimensions():
-            register_dimension(_CodingDimension("weights", technique.about, technique.sites))
+            register_dimension(_CodingDimension("weights", technique.about, technique.sites, ("layers",)))
             about = "number format of biases, norms and everything that is not a layer's weight"
-            vectors = _CodingDimension("vectors", about, lambda anatomy: [MODEL])
-            vectors.sections = ("model",)
-            register_dimension(vectors)
+            register_dimension(_CodingDimension("vectors", about, lambda anatomy: [MODEL], ("model",)))
         return
     register_dimension(technique)
     if isinstance(technique, StructureTechnique):

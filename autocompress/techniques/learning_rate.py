@@ -27,7 +27,7 @@ class LearningRate(TrainingTechnique):
     def parse(self, raw: Any) -> Choice:
         return number_in(raw, 0.01, 100.0, "give a multiple of the task's rate")
 
-    def pace(self, choice: Choice) -> float:
+    def learning_rate_factor(self, choice: Choice) -> float:
         return float(choice)
 
 
