@@ -160,6 +160,18 @@ def search(
             highlight=False,
             soft_wrap=True,
         )
+        if max_size is not None or min_accuracy is not None:
+            _print_asked(front, max_size, min_accuracy)
+
+
+def _print_asked(front: ParetoFront, max_size: str | None, min_accuracy: float | None) -> None:
+    """The file that the search was for."""
+    try:
+        path = front.best(max_size, min_accuracy).path
+    except TargetError as missed:
+        err.print(str(missed), style="yellow", highlight=False, soft_wrap=True)
+    else:
+        out.print(f"asked for:  {path}", highlight=False, soft_wrap=True)
 
 
 def _print_front(front: ParetoFront) -> None:

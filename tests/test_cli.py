@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,7 +20,7 @@ from autocompress.cli import main
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one finished run, runs/demo, made by the command itself."""
     folder = tmp_path_factory.mktemp("cli")
-    done = process(folder, "search", "--task", "tests.mini:task", "--budget", "6", "--run", "demo")
+    done = process(folder, "search", "--task", "tests.mini:task", "--budget", "6", "--run", "demo", "--max-size", "1MB")
     assert done.returncode == 0, done.stderr
     (folder / "search.out").write_text(done.stdout)
     (folder / "search.err").write_text(done.stderr)
@@ -57,6 +58,7 @@ def test_a_search_shows_progress_and_ends_with_the_table(place: Path) -> None:
     out, err = (place / "search.out").read_text(), (place / "search.err").read_text()
     assert "float32 state_dict" in out
     assert "run folder: runs/demo" in out
+    assert (place / str(re.search(r"asked for: +(\S+)", out)[1])).is_file()
     assert "6/6 trials" in err
     assert "left" in err
     assert "Traceback" not in err

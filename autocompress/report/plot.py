@@ -166,7 +166,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             axes.set_ylim(bottom=floor)
             below = sum(1 for accuracy in accuracies if accuracy < floor)
             text = axes.text(
-                0.01, 0.02, f"{below} smaller file{'s' if below > 1 else ''} below {floor:.0f}%", color=_GREY
+                0.35, 0.02, f"{below} smaller file{'s' if below > 1 else ''} below {floor:.0f}%", color=_GREY
             )
             text.set(transform=axes.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         axes.grid(alpha=0.25)

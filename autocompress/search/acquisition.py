@@ -19,12 +19,14 @@ from autocompress.search.profile import Floats
 
 @dataclass(frozen=True)
 class Region:
-    """Where files are of use. smallest_bytes: smaller ones gain nothing more. ceiling: an accuracy above all."""
+    """Where files are of use. smallest_bytes: smaller ones gain nothing more. ceiling: an accuracy above all. margin:
+    log2 bytes that any file gains by being no larger than `largest_bytes`, beside those by which it is smaller."""
 
     smallest_bytes: float
     largest_bytes: float
     least_accuracy: float
     ceiling: float
+    margin: float = 0.0
 
 
 def expected_improvement(
@@ -34,11 +36,15 @@ def expected_improvement(
 
     mean, deviation: float64 [n], of the logarithm of what its accuracy lacks to the ceiling.
     """
-    low, high = math.log2(region.smallest_bytes), math.log2(region.largest_bytes)
+    low, high = math.log2(region.smallest_bytes), math.log2(region.largest_bytes) + region.margin
+
+    def place(size: float | Floats) -> Floats:
+        return np.where(np.asarray(size) <= region.largest_bytes, np.log2(size), high)
+
     steps = [front[i] for i in non_dominated(front)]
-    edges = np.clip([low, *(math.log2(size) for size, _ in steps), high], low, high)
+    edges = np.clip([low, *place(np.array([size for size, _ in steps])), high], low, high)
     levels = np.maximum([region.least_accuracy, *(accuracy for _, accuracy in steps)], region.least_accuracy)
-    begin = np.maximum(np.log2(size_bytes)[:, None], edges[:-1])
+    begin = np.maximum(place(size_bytes)[:, None], edges[:-1])
     width = np.maximum(np.maximum(edges[1:], begin) - begin, 0.0)
     room = np.maximum(region.ceiling - levels, 1e-12)
     bound = (np.log(room) - mean[:, None]) / deviation[:, None]

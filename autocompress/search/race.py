@@ -2,7 +2,8 @@
 
 A single step down from a parent hardly tells, a heavy recipe without ancestors does: at half the task's own rate, at
 that, at twice and at four times of it, such a recipe had an accuracy of 0.959, 0.964, 0.969 and 0.974 on one task, of
-0.91, 0.92, 0.87 and 0.80 on another. The race climbs from the task's own rate, one choice at a time, while it pays.
+0.91, 0.92, 0.87 and 0.80 on another. The race climbs from the task's own rate, one choice at a time, while it pays. A
+budget that is too small for a race guesses: one choice above the task's own.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ class Race:
         return self._climb()[1]
 
     def learning_rate(self, share: float) -> Choice:
-        """The winner where `share` is 1, the task's own rate at 0, and between them in steps of the choices."""
-        return self._choices[self._own + round(share * (self._climb()[0] - self._own))]
+        """The winner (without a race, the guess) where `share` is 1, the task's own rate at 0, and between them in
+        steps of the choices."""
+        winner = self._climb()[0] if self._lost else min(self._own + 1, len(self._choices) - 1)
+        return self._choices[self._own + round(share * (winner - self._own))]
 
     def _climb(self) -> tuple[int, Choice | None]:
         """(place of the winner so far, what is to be tried now)."""

@@ -51,6 +51,9 @@ lies above the best accuracy."""
 _RACED, _RACE_FROM = 0.65, 20
 """How far down the walk, in logarithms of bytes, the recipe is that learning rates are raced by; and trials of the
 smallest budget with a race."""
+_ENOUGH, _MET, _AIM = 0.8, 0.5, 0.98
+"""Of a size to meet: the share below which smaller files earn no more; log2 bytes that meeting it is worth; and the
+share that is aimed at."""
 _PLANNED = ("channels", "sparsity", "weights")
 """Dimensions that step from one choice to the next."""
 _REACH = 0.2
@@ -219,7 +222,7 @@ class FrontierSampler(BaseSampler):
         first = min(0.22 * default, self._uniform_bytes)
         last = max(smallest * 1.1, default / 1200)
         if self.max_size_bytes is not None:
-            last = max(smallest, min(first, self.max_size_bytes) * 0.6)
+            last = max(smallest, min(first, self.max_size_bytes) * _ENOUGH)
             first = max(first, last * 1.5)
         first = max(first, last * 1.2)
         count = min(max(1, round(WALK * self.budget), min(self.budget, _FEWEST)), _MOST)
@@ -286,6 +289,8 @@ class FrontierSampler(BaseSampler):
         """What could be tried next; steps are planned once one is chosen."""
         useful = [p for p in front if p.accuracy >= region.least_accuracy] or front
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
+        if self.max_size_bytes is not None:
+            out += [Proposal("step", p, _AIM * self.max_size_bytes) for p in useful if p.size > self.max_size_bytes]
         out += [self._as_it_is("train", p.reached, p, done, rng) for p in useful]
         for larger in rng.sample(useful[:-1], min(len(useful) - 1, 3)):
             out.append(self._crossover(larger, useful[useful.index(larger) + 1], done, rng))
@@ -294,7 +299,7 @@ class FrontierSampler(BaseSampler):
         return out
 
     def _region(self, done: Sequence[Point]) -> Region:
-        """With a size to meet, half of it earns no more than the whole; with an accuracy to keep, less is of no use."""
+        """With a size to meet, that it is met is worth most; with an accuracy to keep, less is of no use."""
         base = self.base_accuracy
         least = base - _USEFUL * abs(base)
         if self.min_accuracy is not None:
@@ -302,8 +307,9 @@ class FrontierSampler(BaseSampler):
         unit = max(_UNIT * _USEFUL * abs(base), 1e-6)
         best = max((p.accuracy for p in done), default=base)
         largest = self.max_size_bytes or self._default_bytes
-        smallest = largest / 2 if self.max_size_bytes else self.profile.smallest_bytes() / 4
-        return Region(smallest, largest, least, max(base, best) + unit)
+        smallest = largest * _ENOUGH if self.max_size_bytes else self.profile.smallest_bytes() / 4
+        margin = _MET if self.max_size_bytes else 0.0
+        return Region(smallest, largest, least, max(base, best) + unit, margin)
 
     def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
         known, unit = {p.number: p for p in done}, region.ceiling - self.base_accuracy

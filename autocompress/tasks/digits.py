@@ -125,6 +125,6 @@ def digits() -> Task:
         test=[(images[SPLIT["test"]], labels[SPLIT["test"]])],
         pretrain=pretrain,
         epochs=12,
-        learning_rate=6e-3,
+        learning_rate=3e-3,
         name="digits",
     )

@@ -40,6 +40,13 @@ def test_a_file_that_is_smaller_than_asked_for_earns_no_more() -> None:
     assert gains[0] == 0 < gains[1] < gains[2] == gains[3]
 
 
+def test_meeting_a_size_is_worth_most() -> None:
+    region = Region(800.0, 1000.0, 0.85, 1.0, margin=0.5)
+    gains = [of_one([(1010.0, 0.99)], region, size, -3.0, 0.1) for size in (1001.0, 1000.0, 800.0)]
+    assert gains[0] == 0
+    assert gains[2] - gains[1] < gains[1]
+
+
 def test_what_is_likely_dominated_earns_next_to_nothing() -> None:
     assert of_one([(1000.0, 0.99)], REGION, 2000.0, np.log(0.05), 0.1) < 1e-6
     assert of_one([(1000.0, 0.99)], REGION, 500.0, np.log(0.05), 0.1) > 0.05
