@@ -8,8 +8,8 @@ of epochs. Optuna's samplers start every trial from the original's weights, at t
 `nsga2-learning-rate` may choose, too. Ours knows its budget: it has a run of 10, one of 25 and one of 50 trials.
 Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate` (no price of bits), `no-race` (the
 task's own learning rate), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast`
-(nothing is learned from parents and children). `max-size` is ours with a size to meet, `everything` ours in the space
-of every technique (all others: `default`).
+(nothing is learned from parents and children). `max-size` is ours with a size to meet, `min-accuracy` with an accuracy
+to keep, `everything` ours in the space of every technique (all others: `default`).
 
 Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's float32 file, and
 an error of twice the original's plus 5 points. One process a core; each finished job is a file in
@@ -61,6 +61,8 @@ TASKS = {
 }
 RATIOS = {"digits": 150, "lenet_300_100": 250, "digit_rows": 40}
 """Of the original's bytes over those that `max-size` is asked for, and that accuracies are compared at."""
+LOST = 0.01
+"""Accuracy that files may lose that `min-accuracy` is asked for, and whose bytes are compared."""
 BUDGET, LONG = 50, 400
 DIGITS = string.digits + string.ascii_lowercase
 """How the choice of a dimension is recorded: its place among the dimension's choices."""
@@ -106,6 +108,9 @@ METHODS: dict[str, Method] = {
     "no-forecast": lambda profile, budget, base, seed, size: _Unlearning(profile, budget, base, seed),
     "everything": _frontier,
     "max-size": lambda profile, budget, base, seed, size: ac.FrontierSampler(profile, budget, base, seed, size),
+    "min-accuracy": lambda profile, budget, base, seed, size: ac.FrontierSampler(
+        profile, budget, base, seed, min_accuracy=base - LOST
+    ),
 }
 OPTUNA = ("random", "tpe", "nsga2", "nsga2-learning-rate", "gp")
 LONG_SEEDS = {"nsga2": 2, "nsga2-learning-rate": 1}
@@ -209,6 +214,13 @@ def accuracy(result: dict[str, Any], count: int) -> float:
     return max((t[1] for t in result["trials"][:count] if t and t[0] <= limit), default=0.0)
 
 
+def fewest(result: dict[str, Any], count: int) -> float:
+    """Bytes of the smallest among the first `count` trials that loses at most `LOST` on the validation split; the
+    original's where there is none."""
+    least = result["base"]["val"] - LOST
+    return float(min((t[0] for t in result["trials"][:count] if t and t[1] >= least), default=result["base_bytes"]))
+
+
 def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[Job]:
     """Ours knows its budget, so it has a run for each; Optuna's samplers do not, and have one of the longest."""
     out = []
@@ -230,7 +242,9 @@ def recorded(task: str, method: str, count: int) -> list[dict[str, Any]]:
     return [r for r in runs if r["job"][3] == count or (r["job"][3] > count and method in OPTUNA)]
 
 
-def table(title: str, tasks: list[str], measured: Callable[[dict[str, Any], int], float], look: Box) -> Table:
+def table(
+    title: str, tasks: list[str], measured: Callable[[dict[str, Any], int], float], look: Box, form: str = ".3f"
+) -> Table:
     shown = Table(title=title, title_justify="left", box=look)
     for name in ("task", "method", *(f"@{count}" for count in AT), "proposal, ms"):
         shown.add_column(name, justify="left" if name in ("task", "method") else "right")
@@ -238,7 +252,7 @@ def table(title: str, tasks: list[str], measured: Callable[[dict[str, Any], int]
         cells = []
         for count in AT:
             found = [measured(run, count) for run in recorded(task, method, count)]
-            cells.append(f"{statistics.median(found):.3f} ({len(found)})" if found else "")
+            cells.append(f"{statistics.median(found):{form}} ({len(found)})" if found else "")
         if not any(cells):
             continue
         took = [seconds for run in recorded(task, method, BUDGET) for seconds in run["proposing_seconds"][40:50]]
@@ -291,6 +305,7 @@ def main() -> None:
     out.print(table("median hypervolume (number of runs)", tasks, area, look))
     at = ", ".join(f"1/{RATIOS[task]} ({task})" for task in tasks)
     out.print(table(f"median best validation accuracy at {at} of the bytes", tasks, accuracy, look))
+    out.print(table(f"median fewest bytes at a loss of at most {LOST:g}", tasks, fewest, look, ",.0f"))
 
 
 if __name__ == "__main__":

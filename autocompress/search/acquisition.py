@@ -19,14 +19,18 @@ from autocompress.search.profile import Floats
 
 @dataclass(frozen=True)
 class Region:
-    """Where files are of use. smallest_bytes: smaller ones gain nothing more. ceiling: an accuracy above all. margin:
-    log2 bytes that any file gains by being no larger than `largest_bytes`, beside those by which it is smaller."""
+    """Where files are of use. smallest_bytes: smaller ones gain nothing more. ceiling: an accuracy above all.
+
+    size_margin, accuracy_margin: log2 bytes and accuracy that any file gains by being no larger than `largest_bytes`
+    and no worse than `least_accuracy`, beside those by which it is smaller and better.
+    """
 
     smallest_bytes: float
     largest_bytes: float
     least_accuracy: float
     ceiling: float
-    margin: float = 0.0
+    size_margin: float = 0.0
+    accuracy_margin: float = 0.0
 
 
 def expected_improvement(
@@ -36,19 +40,22 @@ def expected_improvement(
 
     mean, deviation: float64 [n], of the logarithm of what its accuracy lacks to the ceiling.
     """
-    low, high = math.log2(region.smallest_bytes), math.log2(region.largest_bytes) + region.margin
-
-    def place(size: float | Floats) -> Floats:
-        return np.where(np.asarray(size) <= region.largest_bytes, np.log2(size), high)
-
+    low, high = math.log2(region.smallest_bytes), math.log2(region.largest_bytes) + region.size_margin
     steps = [front[i] for i in non_dominated(front)]
-    edges = np.clip([low, *place(np.array([size for size, _ in steps])), high], low, high)
-    levels = np.maximum([region.least_accuracy, *(accuracy for _, accuracy in steps)], region.least_accuracy)
+    sizes, accuracies = np.array(steps, np.float64).reshape(-1, 2).T
+
+    def place(size: Floats) -> Floats:
+        return np.where(size <= region.largest_bytes, np.log2(size), high)
+
+    edges = np.clip([low, *place(sizes), high], low, high)
+    floor = region.least_accuracy - region.accuracy_margin
+    levels = np.array([floor, *np.where(accuracies >= region.least_accuracy, accuracies, floor)])
     begin = np.maximum(place(size_bytes)[:, None], edges[:-1])
     width = np.maximum(np.maximum(edges[1:], begin) - begin, 0.0)
-    room = np.maximum(region.ceiling - levels, 1e-12)
+    needed = np.maximum(levels, region.least_accuracy)
+    room = np.maximum(region.ceiling - needed, 1e-12)
     bound = (np.log(room) - mean[:, None]) / deviation[:, None]
     lacking = np.exp(mean + deviation**2 / 2)[:, None]
-    height = room * ndtr(bound) - lacking * ndtr(bound - deviation[:, None])
+    height = (region.ceiling - levels) * ndtr(bound) - lacking * ndtr(bound - deviation[:, None])
     gain: Floats = (width * np.maximum(height, 0.0)).sum(1)
     return gain

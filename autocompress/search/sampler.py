@@ -51,9 +51,13 @@ lies above the best accuracy."""
 _RACED, _RACE_FROM = 0.65, 20
 """How far down the walk, in logarithms of bytes, the recipe is that learning rates are raced by; and trials of the
 smallest budget with a race."""
-_ENOUGH, _MET, _AIM = 0.8, 0.5, 0.98
-"""Of a size to meet: the share below which smaller files earn no more; log2 bytes that meeting it is worth; and the
-share that is aimed at."""
+_ENOUGH, _AIM = 0.8, 0.98
+"""Of a size to meet: the share below which smaller files earn no more, and the share that is aimed at."""
+_FAR, _NEARLY = 2.0, 0.1
+"""Of an accuracy to keep: times the smallest file that does, above which more accurate files earn nothing; and the
+share of what is of use that parents may miss it by."""
+_SIZE_MET, _ACCURACY_MET = 0.5, 0.5
+"""What it is worth that a file is as small or as accurate as asked: log2 bytes, and a share of what is of use."""
 _PLANNED = ("channels", "sparsity", "weights")
 """Dimensions that step from one choice to the next."""
 _REACH = 0.2
@@ -202,7 +206,7 @@ class FrontierSampler(BaseSampler):
                 return replace(racer, move=RACE, chosen={**racer.chosen, self.race.key: learning_rate})
             number -= self.race.trials
         walked = [p for p in done if p.move != RACE]
-        if number >= count or self._collapsed(walked):
+        if number >= count or self._over(walked):
             if done:
                 return self._improve(done, running, rng)
             return self._step(done, first, rng, noise=0.5)
@@ -242,10 +246,10 @@ class FrontierSampler(BaseSampler):
                 chosen[key] = d.choices[len(d.choices) // 3]
         return self.profile.predict(chosen)
 
-    def _collapsed(self, done: Sequence[Point]) -> bool:
-        """Whether the walk has come where accuracy is no longer of use to anyone."""
-        smallest, least = sorted(done, key=lambda p: p.size)[:2], self._region(done).least_accuracy
-        return len(done) >= 4 and all(p.accuracy < least for p in smallest)
+    def _over(self, done: Sequence[Point]) -> bool:
+        """Whether the walk has come where accuracy, or fewer bytes, are no longer of use to anyone."""
+        smallest, least_bytes = sorted(done, key=lambda p: p.size)[:2], self._region(done).smallest_bytes
+        return len(done) >= 4 and all(p.accuracy < self._least_useful or p.size <= least_bytes for p in smallest)
 
     def _step(
         self, done: Sequence[Point], target: float, rng: random.Random, noise: float, parent: Point | None = None
@@ -287,7 +291,7 @@ class FrontierSampler(BaseSampler):
         self, front: list[Point], done: Sequence[Point], region: Region, rng: random.Random
     ) -> list[Proposal]:
         """What could be tried next; steps are planned once one is chosen."""
-        useful = [p for p in front if p.accuracy >= region.least_accuracy] or front
+        useful = [p for p in front if p.accuracy >= self._least_useful] or front
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
         if self.max_size_bytes is not None:
             out += [Proposal("step", p, _AIM * self.max_size_bytes) for p in useful if p.size > self.max_size_bytes]
@@ -298,18 +302,26 @@ class FrontierSampler(BaseSampler):
             out += [self._rebuild(p, done, rng) for p in rng.sample(useful, min(len(useful), 2))]
         return out
 
+    @cached_property
+    def _least_useful(self) -> float:
+        """An accuracy from which a file of use may still come."""
+        useful = _USEFUL * abs(self.base_accuracy)
+        return self.base_accuracy - useful if self.min_accuracy is None else self.min_accuracy - _NEARLY * useful
+
     def _region(self, done: Sequence[Point]) -> Region:
-        """With a size to meet, that it is met is worth most; with an accuracy to keep, less is of no use."""
+        """What is asked for is worth most when it is met."""
         base = self.base_accuracy
-        least = base - _USEFUL * abs(base)
-        if self.min_accuracy is not None:
-            least = self.min_accuracy - 0.1 * _USEFUL * abs(base)
-        unit = max(_UNIT * _USEFUL * abs(base), 1e-6)
+        useful = _USEFUL * abs(base)
+        unit = max(_UNIT * useful, 1e-6)
         best = max((p.accuracy for p in done), default=base)
-        largest = self.max_size_bytes or self._default_bytes
-        smallest = largest * _ENOUGH if self.max_size_bytes else self.profile.smallest_bytes() / 4
-        margin = _MET if self.max_size_bytes else 0.0
-        return Region(smallest, largest, least, max(base, best) + unit, margin)
+        smallest, largest, size_margin = self.profile.smallest_bytes() / 4, self._default_bytes, 0.0
+        if self.max_size_bytes is not None:
+            smallest, largest, size_margin = self.max_size_bytes * _ENOUGH, self.max_size_bytes, _SIZE_MET
+        least, accuracy_margin = base - useful, 0.0
+        if self.min_accuracy is not None:
+            least, accuracy_margin = self.min_accuracy, useful * _ACCURACY_MET
+            largest = min([largest, *(p.size * _FAR for p in done if p.accuracy >= least)])
+        return Region(smallest, largest, least, max(base, best) + unit, size_margin, accuracy_margin)
 
     def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
         known, unit = {p.number: p for p in done}, region.ceiling - self.base_accuracy

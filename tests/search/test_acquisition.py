@@ -41,10 +41,21 @@ def test_a_file_that_is_smaller_than_asked_for_earns_no_more() -> None:
 
 
 def test_meeting_a_size_is_worth_most() -> None:
-    region = Region(800.0, 1000.0, 0.85, 1.0, margin=0.5)
+    region = Region(800.0, 1000.0, 0.85, 1.0, size_margin=0.5)
     gains = [of_one([(1010.0, 0.99)], region, size, -3.0, 0.1) for size in (1001.0, 1000.0, 800.0)]
     assert gains[0] == 0
     assert gains[2] - gains[1] < gains[1]
+
+
+def test_meeting_an_accuracy_is_worth_most() -> None:
+    region = Region(100.0, 1000.0, 0.95, 1.0, accuracy_margin=0.05)
+    front = [(500.0, 0.949), (600.0, 0.96)]
+    gains = [of_one(front, region, 500.0, np.log(lacks), 1e-3) for lacks in (0.051, 0.049, 0.041, 0.039)]
+    assert gains[0] < 1e-9, "a parent that misses by little does not stand in the way, and is no gain itself"
+    per_bit = np.log2(600 / 500)
+    assert gains[1] == pytest.approx((0.05 + 0.001) * per_bit, rel=0.01)
+    assert gains[2] == pytest.approx((0.05 + 0.009) * per_bit, rel=0.01)
+    assert gains[3] > gains[2] + 0.001
 
 
 def test_what_is_likely_dominated_earns_next_to_nothing() -> None:
