@@ -106,10 +106,14 @@ def test_a_target_size_focuses_the_search(profile: Profile, outcome: Outcome, tm
 
 
 def test_a_least_accuracy_focuses_the_search(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
-    study = study_of(tmp_path, profile, "frontier", min_accuracy=0.9)
-    drive(study, outcome)
-    refined = values(study)[12:]
-    assert sum(1 for _, accuracy in refined if accuracy >= 0.86) >= 0.6 * len(refined)
+    smallest, near = {}, {}
+    for name, least in (("free", None), ("focused", 0.9)):
+        study = study_of(folder_of(tmp_path, name), profile, "frontier", min_accuracy=least)
+        drive(study, outcome)
+        smallest[name] = min(size for size, accuracy in values(study) if accuracy >= 0.9)
+        near[name] = sum(1 for size, _ in values(study)[12:] if 0.5 <= size / smallest[name] <= 2)
+    assert smallest["focused"] <= 1.05 * smallest["free"]
+    assert near["focused"] >= 8, "what is larger than twice the smallest file that keeps it earns nothing"
 
 
 def test_several_workers_do_not_ask_the_same_twice(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
