@@ -2,8 +2,8 @@
 
 A single step down from a parent hardly tells, a heavy recipe without ancestors does: at half the task's own rate, at
 that, at twice and at four times of it, such a recipe had an accuracy of 0.959, 0.964, 0.969 and 0.974 on one task, of
-0.91, 0.92, 0.87 and 0.80 on another. The race climbs from the task's own rate, one choice at a time, while it pays. A
-budget that is too small for a race guesses: one choice above the task's own.
+0.91, 0.92, 0.87 and 0.80 on another. The guess is one choice above the task's own rate; a budget that is too small for
+a race keeps to it, and the race climbs from there, one choice at a time, while it pays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from autocompress.techniques.base import trainings
 RACE = "race"
 """Move of its trials."""
 _WINS = 0.9
-"""A rate further from the task's own has to lose at most this share of the accuracy that its neighbour loses."""
+"""A rate further from the guess has to lose at most this share of the accuracy that its neighbour loses."""
 
 
 def has_learning_rates(dimension: BoundDimension) -> bool:
@@ -37,6 +37,7 @@ class Race:
         factor = trainings()[dimension.name].learning_rate_factor
         self._choices = sorted(dimension.choices, key=factor)
         self._own = min(range(len(self._choices)), key=lambda i: abs(math.log(factor(self._choices[i]))))
+        self._guess = min(self._own + 1, len(self._choices) - 1)
         self._lost: dict[Choice, float | None] = {}
 
     @property
@@ -60,14 +61,13 @@ class Race:
         return self._climb()[1]
 
     def learning_rate(self, share: float) -> Choice:
-        """The winner (without a race, the guess) where `share` is 1, the task's own rate at 0, and between them in
+        """The winner (the guess, without a race) where `share` is 1, the task's own rate at 0, and between them in
         steps of the choices."""
-        winner = self._climb()[0] if self._lost else min(self._own + 1, len(self._choices) - 1)
-        return self._choices[self._own + round(share * (winner - self._own))]
+        return self._choices[self._own + round(share * (self._climb()[0] - self._own))]
 
     def _climb(self) -> tuple[int, Choice | None]:
         """(place of the winner so far, what is to be tried now)."""
-        at = self._own
+        at = self._guess
         if self._choices[at] not in self._lost:
             return at, self._choices[at]
         for way in (1, -1):
@@ -78,9 +78,9 @@ class Race:
                 before, after = self._lost[here], self._lost[there]
                 if before is None or after is None:
                     return at, None
-                if after > _WINS * before:
+                if math.isinf(after) or after > _WINS * before:
                     break
                 at += way
-            if at != self._own:
+            if at != self._guess:
                 break
         return at, None

@@ -43,7 +43,7 @@ def raced(study: SearchStudy) -> list[float]:
 
 @pytest.mark.parametrize(
     ("best", "tried"),
-    [(1.0, [1, 2, 0.5]), (2.0, [1, 2, 4]), (4.0, [1, 2, 4]), (0.5, [1, 2, 0.5, 0.25])],
+    [(1.0, [2, 4, 1, 0.5]), (2.0, [2, 4, 1]), (4.0, [2, 4]), (0.5, [2, 4, 1, 0.5, 0.25])],
 )
 def test_the_race_climbs_as_long_as_it_pays(
     best: float, tried: list[float], study: SearchStudy, outcome: Outcome
@@ -64,14 +64,14 @@ def test_the_race_climbs_as_long_as_it_pays(
 
 def test_workers_do_not_wait_for_the_race(study: SearchStudy, outcome: Outcome) -> None:
     first = [study.ask() for _ in range(3)]
-    assert [study.get(spec.number).params[KEY] for spec in first if spec] == [1, 2, 1]
+    assert [study.get(spec.number).params[KEY] for spec in first if spec] == [2, 4, 1]
     assert study.get(2).user_attrs["move"] == "step"
-    run = world(outcome, 2.0)
+    run = world(outcome, 1.0)
     for spec in first[:2]:
         assert spec is not None
         study.tell(spec.number, run(spec))
     study.ask()
-    assert raced(study) == [1, 2, 4]
+    assert raced(study) == [2, 4, 1]
 
 
 def test_a_rate_at_which_training_fails_has_lost(study: SearchStudy, outcome: Outcome) -> None:
@@ -80,8 +80,8 @@ def test_a_rate_at_which_training_fails_has_lost(study: SearchStudy, outcome: Ou
             study.fail(spec.number, "Traceback\nthe loss became nan")
         else:
             study.tell(spec.number, outcome(spec))
-    assert raced(study) == [1, 2, 0.5]
-    assert all(t.params[KEY] <= 1 for t in study.trials()[3:])
+    assert raced(study) == [2, 4, 1, 0.5]
+    assert all(t.params[KEY] <= 1 for t in study.trials()[4:])
 
 
 def test_small_budgets_guess_instead_of_a_race(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
