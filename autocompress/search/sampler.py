@@ -316,7 +316,9 @@ class FrontierSampler(BaseSampler):
         best = max((p.accuracy for p in done), default=base)
         smallest, largest, size_margin = self.profile.smallest_bytes() / 4, self._default_bytes, 0.0
         if self.max_size_bytes is not None:
-            smallest, largest, size_margin = self.max_size_bytes * _ENOUGH, self.max_size_bytes, _SIZE_MET
+            largest, size_margin = self.max_size_bytes, _SIZE_MET
+            if self.min_accuracy is None:
+                smallest = largest * _ENOUGH
         least, accuracy_margin = base - useful, 0.0
         if self.min_accuracy is not None:
             least, accuracy_margin = self.min_accuracy, useful * _ACCURACY_MET

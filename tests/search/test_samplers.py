@@ -116,6 +116,15 @@ def test_a_least_accuracy_focuses_the_search(profile: Profile, outcome: Outcome,
     assert near["focused"] >= 8, "what is larger than twice the smallest file that keeps it earns nothing"
 
 
+def test_a_size_and_an_accuracy_together(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    limit = 0.2 * profile.predict(profile.default())
+    study = study_of(tmp_path, profile, "frontier", max_size_bytes=limit, min_accuracy=0.9)
+    drive(study, outcome)
+    kept = [size for size, accuracy in values(study) if accuracy >= 0.9]
+    assert min(kept) < 0.5 * limit, "the smallest that keeps the accuracy, however far below the size"
+    assert sum(1 for size, _ in values(study)[12:] if size <= 2 * min(kept)) >= 8
+
+
 def test_several_workers_do_not_ask_the_same_twice(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
     study = study_of(tmp_path, profile, "frontier", 40)
     rng = random.Random(0)
