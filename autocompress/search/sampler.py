@@ -248,8 +248,8 @@ class FrontierSampler(BaseSampler):
 
     def _over(self, done: Sequence[Point]) -> bool:
         """Whether the walk has come where accuracy, or fewer bytes, are no longer of use to anyone."""
-        smallest, least_bytes = sorted(done, key=lambda p: p.size)[:2], self._region(done).smallest_bytes
-        return len(done) >= 4 and all(p.accuracy < self._least_useful or p.size <= least_bytes for p in smallest)
+        smallest = sorted(done, key=lambda p: p.size)[:2]
+        return len(done) >= 4 and all(p.accuracy < self._least_useful or p.size <= self._least_bytes for p in smallest)
 
     def _step(
         self, done: Sequence[Point], target: float, rng: random.Random, noise: float, parent: Point | None = None
@@ -270,7 +270,7 @@ class FrontierSampler(BaseSampler):
         pending = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
         points = [(p.size, p.accuracy) for p in front]
         points += [(t["target_bytes"], t["expected_accuracy"]) for t in pending]
-        proposals = self._proposals(front, done, region, rng)
+        proposals = self._proposals(front, done, rng)
         steps = [self._as_step(p.move, p.parent, p.target_bytes, region) for p in proposals]
         mean, deviation = self._forecast(done, region)(steps)
         mean += math.log(region.ceiling - self.base_accuracy)
@@ -287,9 +287,7 @@ class FrontierSampler(BaseSampler):
         best.expected_accuracy = region.ceiling - math.exp(mean[at])
         return best
 
-    def _proposals(
-        self, front: list[Point], done: Sequence[Point], region: Region, rng: random.Random
-    ) -> list[Proposal]:
+    def _proposals(self, front: list[Point], done: Sequence[Point], rng: random.Random) -> list[Proposal]:
         """What could be tried next; steps are planned once one is chosen."""
         useful = [p for p in front if p.accuracy >= self._least_useful] or front
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
@@ -303,27 +301,36 @@ class FrontierSampler(BaseSampler):
         return out
 
     @cached_property
+    def _useful(self) -> float:
+        """Accuracy that a file may lose and still be of use."""
+        return _USEFUL * abs(self.base_accuracy)
+
+    @cached_property
     def _least_useful(self) -> float:
         """An accuracy from which a file of use may still come."""
-        useful = _USEFUL * abs(self.base_accuracy)
-        return self.base_accuracy - useful if self.min_accuracy is None else self.min_accuracy - _NEARLY * useful
+        if self.min_accuracy is None:
+            return self.base_accuracy - self._useful
+        return self.min_accuracy - _NEARLY * self._useful
+
+    @cached_property
+    def _least_bytes(self) -> float:
+        """Smaller files earn no more."""
+        if self.max_size_bytes is None or self.min_accuracy is not None:
+            return self.profile.smallest_bytes() / 4
+        return _ENOUGH * self.max_size_bytes
 
     def _region(self, done: Sequence[Point]) -> Region:
         """What is asked for is worth most when it is met."""
-        base = self.base_accuracy
-        useful = _USEFUL * abs(base)
-        unit = max(_UNIT * useful, 1e-6)
-        best = max((p.accuracy for p in done), default=base)
-        smallest, largest, size_margin = self.profile.smallest_bytes() / 4, self._default_bytes, 0.0
+        least, accuracy_margin = self.base_accuracy - self._useful, 0.0
+        largest, size_margin = self._default_bytes, 0.0
         if self.max_size_bytes is not None:
             largest, size_margin = self.max_size_bytes, _SIZE_MET
-            if self.min_accuracy is None:
-                smallest = largest * _ENOUGH
-        least, accuracy_margin = base - useful, 0.0
         if self.min_accuracy is not None:
-            least, accuracy_margin = self.min_accuracy, useful * _ACCURACY_MET
+            least, accuracy_margin = self.min_accuracy, _ACCURACY_MET * self._useful
             largest = min([largest, *(p.size * _FAR for p in done if p.accuracy >= least)])
-        return Region(smallest, largest, least, max(base, best) + unit, size_margin, accuracy_margin)
+        best = max([self.base_accuracy, *(p.accuracy for p in done)])
+        ceiling = best + max(_UNIT * self._useful, 1e-6)
+        return Region(self._least_bytes, largest, least, ceiling, size_margin, accuracy_margin)
 
     def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
         known, unit = {p.number: p for p in done}, region.ceiling - self.base_accuracy
