@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,13 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from autocompress import Task
-from autocompress.tasks.digits import digits
+from autocompress.search.payload import fastest_device
+from autocompress.tasks.digits import SPLIT, augment, digits, load_images
 
 Batches = Callable[[], list[tuple[Tensor, Tensor]]]
 VALIDATION = 5000
+_ADAMW = partial(torch.optim.AdamW, weight_decay=0.02)
+_SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
 def data_folder() -> Path:
@@ -100,7 +103,7 @@ def resnet20_net() -> nn.Module:
 
 def _shuffled(images: Tensor, labels: Tensor, batch: int, augment: Callable[[Tensor], Tensor]) -> Batches:
     def batches() -> list[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(images))
+        order = torch.randperm(len(images)).to(images.device)
         return [(augment(images[i]), labels[i]) for i in torch.split(order, batch)]
 
     return batches
@@ -111,23 +114,27 @@ def _shift_and_flip(images: Tensor) -> Tensor:
     padded = nn.functional.pad(images, (4, 4, 4, 4))
     row, column = torch.randint(0, 9, (2,)).tolist()
     moved = padded[:, :, row : row + images.shape[2], column : column + images.shape[3]]
-    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, moved.flip(3), moved)
+    return torch.where(torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5, moved.flip(3), moved)
 
 
-def _pretrain(train: Batches, epochs: int, peak: float) -> Callable[[nn.Module], None]:
+def _pretrain(
+    train: Batches, epochs: int, peak: float, optimizer: Callable[..., torch.optim.Optimizer] = _ADAMW
+) -> Callable[[nn.Module], None]:
+    """One cycle to the peak rate and back, on the GPU where there is one."""
+
     def pretrain(model: nn.Module) -> None:
-        steps = epochs * len(train())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+        device = fastest_device()
+        steps, moved = epochs * len(train()), optimizer(model.to(device).parameters(), lr=peak)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(moved, peak, total_steps=steps)
         model.train()
         for _ in range(epochs):
             for inputs, target in train():
-                loss = nn.functional.cross_entropy(model(inputs), target)
-                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(inputs.to(device)), target.to(device))
+                moved.zero_grad()
                 torch.autograd.backward(loss)
-                optimizer.step()
+                moved.step()
                 schedule.step()
-        model.eval()
+        model.cpu().eval()
 
     return pretrain
 
@@ -212,6 +219,15 @@ def digit_rows() -> Task:
     return replace(digits(), model=RowReader, name="digit_rows", learning_rate=3e-3)
 
 
+def wide_rows() -> Task:
+    """As `digit_rows`, by a transformer of 16.8 million parameters in batches of 1,024: work for a GPU."""
+    task, (images, labels) = digit_rows(), load_images()
+    train = _shuffled(images[SPLIT["train"]], labels[SPLIT["train"]], 1024, augment)
+    return replace(
+        task, model=lambda: RowReader(1024), train=train, pretrain=_pretrain(train, 40, 3e-4), name="wide_rows"
+    )
+
+
 def digits_short() -> Task:
     """The built-in `digits`, for many searches: 5 epochs a trial, the original kept in runs/."""
     return replace(_with_kept_original(digits()), epochs=5)
@@ -237,6 +253,24 @@ def lenet5_short() -> Task:
     """As `lenet5`, for many searches: 2 epochs of 4,000 images a trial, 2,000 images to validate and to test, and
     an original that is trained once and kept in runs/."""
     task = _task("lenet5", mnist(), lenet5_net, lambda x: x, 55_000, 3, 4_000, 2, 2_000)
+    return _with_kept_original(task)
+
+
+def resnet20_full() -> Task:
+    """CIFAR-10, for a GPU, which holds the images where there is one: 70 epochs of 45,000 images train the original,
+    which is kept in runs/; trials train for 10."""
+    images, labels, test_images, test_labels = (part.to(fastest_device()) for part in cifar10())
+    own, val = slice(0, len(images) - VALIDATION), slice(len(images) - VALIDATION, None)
+    whole = _shuffled(images[own], labels[own], 512, _shift_and_flip)
+    task = Task(
+        model=resnet20_net,
+        train=_shuffled(images[own], labels[own], 256, _shift_and_flip),
+        val=list(zip(torch.split(images[val], 1000), torch.split(labels[val], 1000), strict=True)),
+        test=list(zip(torch.split(test_images, 1000), torch.split(test_labels, 1000), strict=True)),
+        pretrain=_pretrain(whole, 70, 0.6, _SGD),
+        epochs=10,
+        name="resnet20_full",
+    )
     return _with_kept_original(task)
 
 

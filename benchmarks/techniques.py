@@ -72,6 +72,7 @@ ROWS: dict[str, tuple[int, str, str]] = {
     "integers, rounding by rate": (12, INTEGERS, "rounding: [0.1, 0.3]"),
     "integers, KL bound": (12, INTEGERS, "kl_bound: [0.005, 0.02]"),
     "integers, bfloat16 training": (12, INTEGERS, "precision: [bfloat16]"),
+    "integers, learning rate": (12, INTEGERS, "learning_rate: [2, 4]"),
     "short floats": (
         8,
         "weights: [float32, float16, bfloat16, e8m5, e8m3, e8m2]",

@@ -25,6 +25,7 @@ from autocompress.tasks.digits import SPLIT, load_images
 from autocompress.trial import Workshop
 
 N = 48
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 torch.set_num_threads(1)
 
 
@@ -168,17 +169,17 @@ def zoo_task(name: str, epochs: int = 1) -> Task:
 
 
 @functools.cache
-def _workshop_of_the_zoo(name: str) -> Workshop:
+def _workshop_of_the_zoo(name: str, device: str) -> Workshop:
     task = zoo_task(name)
-    return Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    return Workshop(task, task.build(), BoundSpace(()), Path(), 0, device)
 
 
-def workshop_of(task: Task) -> Workshop:
+def workshop_of(task: Task, device: str = "cpu") -> Workshop:
     """Where candidates of the task are made, without a run folder. Models of the zoo are analysed once: no candidate
     changes its original."""
     if task.name in ZOO:
-        return _workshop_of_the_zoo(task.name)
-    return Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+        return _workshop_of_the_zoo(task.name, device)
+    return Workshop(task, task.build(), BoundSpace(()), Path(), 0, device)
 
 
 def agree(output: Tensor, target: Tensor) -> float:

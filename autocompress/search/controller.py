@@ -212,6 +212,7 @@ class Controller:
         self.pace = Pace(settings.get("time_budget_seconds"))
         self.study: SearchStudy | None = None
         self.ray: engine.Connection | None = None
+        self.refused: Exception | None = None
         self.log = _open_log(folder)
         self.base: Base | None = None
         try:
@@ -350,6 +351,8 @@ class Controller:
             before = len(self.study.complete())
             with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._scratch()) as scratch:
                 engine.run_trials(sent, self, _MANY, min(self.workers, remaining), self.gpus, Path(scratch))
+            if self.refused is not None:
+                raise self.refused
             for trial in self.study.trials(TrialState.RUNNING):
                 self.lost(trial.number)
             fruitless = 0 if len(self.study.complete()) > before else fruitless + 1
@@ -378,7 +381,10 @@ class Controller:
 
     def next(self) -> TrialSpec | None:
         assert self.study is not None
-        spec = None if self._late() else self.study.ask()
+        try:
+            spec = None if self._late() else self.study.ask()
+        except Exception as error:  # Ray would call it a lost worker
+            self.refused, spec = error, None
         if spec is not None:
             self.log.info(
                 "trial %d: starts from %s",

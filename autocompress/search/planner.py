@@ -147,7 +147,7 @@ class _Stacked:
 
     def __init__(self, profile: Profile, effects: Mapping[str, Floats]) -> None:
         self.keys, scalers = [*profile.scalers], [*profile.scalers.values()]
-        choices = max((len(s.factors) for s in scalers), default=0)
+        choices = max((len(s.factors) for s in scalers), default=1)
         self.rows = np.concatenate([np.zeros(0, np.intp), *(s.rows for s in scalers)])
         self.of = np.repeat(np.arange(len(scalers)), [len(s.rows) for s in scalers])
         self.first = np.searchsorted(self.of, np.arange(len(scalers)))

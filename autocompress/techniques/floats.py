@@ -58,31 +58,45 @@ class Floats(Coding):
         return torch.empty(0)
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        return straight_through(self.decode(self.encode(weight, choice, parameters), choice).to(weight.device), weight)
+        return straight_through(_rounded(weight, choice), weight)
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
-        """The bit patterns as integers, rounded to nearest; -0.0 becomes 0.0."""
+        """The bit patterns as integers."""
+        rounded, width = _rounded(weight, choice).contiguous().cpu(), 1 + sum(self.layout(choice))
         if choice in _TORCH:
             dtype, integers = _TORCH[str(choice)]
-            largest = torch.finfo(dtype).max
-            rounded = weight.detach().float().clamp(-largest, largest).to(dtype)
-            pattern = rounded.contiguous().cpu().view(integers).numpy().astype(np.int32)
-            pattern &= (1 << (1 + sum(self.layout(choice)))) - 1
-            negative_zero = 1 << sum(self.layout(choice))
-            return Coded(np.where(pattern == negative_zero, np.int32(0), pattern))
-        pattern = (weight.detach().float() + 0.0).contiguous().cpu().view(torch.int32).numpy().view(np.uint32)
-        drop = 23 - self.layout(choice)[1]
-        if drop:
-            pattern = (pattern + np.uint32(1 << (drop - 1))) >> np.uint32(drop)
-            pattern = np.where(pattern << np.uint32(drop) == 1 << 31, np.uint32(0), pattern)
-        return Coded(np.asarray(pattern).view(np.int32))
+            pattern = rounded.to(dtype).view(integers).int()
+        else:
+            pattern = rounded.view(torch.int32) >> _dropped(choice)
+        if width < 32:  # without the sign's copies
+            pattern &= (1 << width) - 1
+        return Coded(pattern.numpy())
 
     def decode(self, coded: Coded, choice: Choice) -> Tensor:
         if choice in _TORCH:
             dtype, integers = _TORCH[str(choice)]
             return torch.from_numpy(coded.codes).to(integers).view(dtype).float()
-        pattern = np.asarray(coded.codes << (23 - self.layout(choice)[1]))
+        pattern = np.asarray(coded.codes << _dropped(choice))
         return torch.from_numpy(pattern).view(torch.float32)
+
+
+def _dropped(choice: Choice) -> int:
+    """Bits of float32's mantissa that a format of the same exponent lacks."""
+    return 23 - _LAYOUTS[str(choice)][1]
+
+
+def _rounded(weight: Tensor, choice: Choice) -> Tensor:
+    """To the nearest value of the format, float32, on the device of `weight`; -0.0 becomes 0.0."""
+    exact = weight.detach().float()
+    if choice in _TORCH:
+        dtype, _ = _TORCH[str(choice)]
+        largest = torch.finfo(dtype).max
+        return exact.clamp(-largest, largest).to(dtype).float() + 0.0
+    drop = _dropped(choice)
+    if drop:
+        pattern = exact.contiguous().view(torch.int32)
+        exact = (((pattern + (1 << (drop - 1))) >> drop) << drop).view(torch.float32)
+    return exact + 0.0
 
 
 register(Floats())

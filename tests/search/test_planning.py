@@ -60,6 +60,16 @@ def test_what_is_not_allowed_stays(profile: Profile) -> None:
     assert {k for k, v in chosen.items() if v != profile.default()[k]} == {only.key}
 
 
+@pytest.mark.parametrize("choices", ["sparsity: [0, 0.5, 0.9]", "weights: [float32, int8, int4, int2]"])
+def test_one_dimension_is_a_space(choices: str) -> None:
+    task = small_digits()
+    space = SearchSpace.parse(f"{{layers: {{'*': {{{choices}}}}}}}")
+    narrow = profile_of(task, space)
+    chosen = plan(narrow, narrow.effects, 1.0, narrow.default(), {d.key: d.choices for d in narrow.space})
+    assert all(chosen[d.key] == d.choices[-1] for d in narrow.space)
+    assert narrow.predict(chosen) == pytest.approx(narrow.smallest_bytes())
+
+
 def test_the_plan_is_near_the_best_of_all_recipes(profile: Profile) -> None:
     """Independent reference: brute force over two layers' bit widths and sparsities."""
     dims = [d for d in profile.space if d.name in ("weights", "sparsity")][:3]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ import autocompress as ac
 from autocompress.errors import RunError, TargetError
 from autocompress.search import controller
 from autocompress.search.run_folder import create_run, existing_run
+from autocompress.search.sampler import FrontierSampler
 from tests import mini
 from tests.conftest import small_digits
 
@@ -113,6 +115,25 @@ def test_when_every_trial_fails_the_last_reason_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the moon is in the wrong house"):
         ac.search("tests.mini:hopeless_task", 2, run=tmp_path / "run", workers=1)
     assert len(list((tmp_path / "run").glob("trials/*/error.txt"))) == 2
+
+
+def test_what_the_sampler_raises_is_told_and_the_search_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        propose = FrontierSampler.propose
+
+        def propose_two(self: FrontierSampler, done: Any, running: Any, number: int, rng: Any) -> Any:
+            if number == 2:
+                raise ZeroDivisionError("no third")
+            return propose(self, done, running, number, rng)
+
+        broken.setattr(FrontierSampler, "propose", propose_two)
+        with pytest.raises(ZeroDivisionError, match="no third"):
+            ac.search("tests.mini:task", 4, run=tmp_path / "run", workers=1)
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 2
+    assert len(ac.resume(tmp_path / "run")) >= 1
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
 
 
 def test_a_killed_search_resumes(tmp_path: Path) -> None:

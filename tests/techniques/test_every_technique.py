@@ -13,20 +13,20 @@ from autocompress.rate import RateModel
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.report.techniques import markdown, rows
 from autocompress.space import SearchSpace, dimensions
-from autocompress.task import Task
+from autocompress.task import Task, to_device
 from autocompress.techniques import names
 from autocompress.techniques.base import Technique, structures, techniques, trainings
 from autocompress.training import fine_tune
 from autocompress.trial import TrialResult, TrialSpec, Workshop
-from tests.conftest import small_digits, workshop_of, zoo_task
+from tests.conftest import DEVICES, small_digits, workshop_of, zoo_task
 
 EVERY = [(technique, choice) for technique in techniques() for choice in technique.examples()]
 IDS = [f"{technique.name}-{choice}" for technique, choice in EVERY]
 
 
-def everywhere(technique: Technique, choice: Choice, task: Task) -> tuple[Workshop, Recipe]:
+def everywhere(technique: Technique, choice: Choice, task: Task, device: str = "cpu") -> tuple[Workshop, Recipe]:
     """A recipe that asks for this choice wherever it fits, beside something for it to act on."""
-    workshop = workshop_of(task)
+    workshop = workshop_of(task, device)
     chosen: dict[str, Choice] = {}
     for layer in workshop.anatomy.layers:
         chosen |= {f"{layer.name}:sparsity": 0.5, f"{layer.name}:weights": "int6"}
@@ -51,12 +51,15 @@ def test_its_choices_are_what_a_space_can_name(technique: Technique, choice: Cho
 
 @pytest.mark.parametrize(("technique", "choice"), EVERY, ids=IDS)
 @pytest.mark.parametrize("name", ["conv1d", "residual", "transformer"])
-def test_it_is_trained_and_the_file_gives_back_what_it_made(technique: Technique, choice: Choice, name: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_is_trained_and_the_file_gives_back_what_it_made(
+    technique: Technique, choice: Choice, name: str, device: str
+) -> None:
     """Linear layers, convolutions of one and two dimensions, attention; bytes accounted within 3%."""
     if not technique.available(choice):
         pytest.skip("not on this machine")
     task = zoo_task(name)
-    workshop, recipe = everywhere(technique, choice, task)
+    workshop, recipe = everywhere(technique, choice, task, device)
     candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
     for _ in fine_tune(task, candidate, workshop.original, 1):
         pass
@@ -68,10 +71,10 @@ def test_it_is_trained_and_the_file_gives_back_what_it_made(technique: Technique
     assert rate.bytes() == pytest.approx(len(data), rel=0.03)
     decoded = unpack(data, task.build())
     for shadow in candidate.layers.values():
-        assert torch.equal(decoded.get_parameter(shadow.key), shadow.parameter.detach())
-    batch = next(task.batches("val"))
+        assert torch.equal(decoded.get_parameter(shadow.key), shadow.parameter.detach().cpu())
+    batch = to_device(next(task.batches("val")), torch.device(device))
     with torch.no_grad():
-        got, expected = task.run(decoded, batch)[0], task.run(candidate.model, batch)[0]
+        got, expected = task.run(decoded.to(device), batch)[0], task.run(candidate.model, batch)[0]
     assert got.shape == expected.shape
 
 

@@ -229,3 +229,6 @@ def test_precision_modes() -> None:
         assert (torch.randn(4, 4) @ torch.randn(4, 4)).dtype == torch.bfloat16
     with precision.autocast("float32", torch.device("cpu")):
         assert (torch.randn(4, 4) @ torch.randn(4, 4)).dtype == torch.float32
+    if torch.cuda.is_available():
+        with precision.autocast("float16", torch.device("cuda")):
+            assert (torch.randn(4, 4, device="cuda") @ torch.randn(4, 4, device="cuda")).dtype == torch.float16
