@@ -171,6 +171,11 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def fastest_device() -> str:
+    """Of this process: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_task(task: Task, model: nn.Module) -> None:
     """One loss on one training batch and one metric on one batch of each split, or a TaskError."""
     for split in ("train", "val", "test"):

@@ -29,9 +29,8 @@ from rich.table import Table
 from autocompress.compression import Candidate
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.search.controller import trained
-from autocompress.search.payload import fastest_device
 from autocompress.space import BoundSpace
-from autocompress.task import load_task, measure, to_device
+from autocompress.task import fastest_device, load_task, measure, to_device
 from autocompress.techniques.base import trainings
 from autocompress.training import fine_tune, step_costs
 from autocompress.trial import Workshop

@@ -21,7 +21,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from autocompress import Task
-from autocompress.search.payload import fastest_device
+from autocompress.task import fastest_device
 from autocompress.tasks.digits import SPLIT, augment, digits, load_images
 
 Batches = Callable[[], list[tuple[Tensor, Tensor]]]
@@ -245,7 +245,7 @@ def lenet5() -> Task:
 
 def lenet5_full() -> Task:
     """MNIST; trials train on all 55,000 images, the original is kept in runs/."""
-    task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 2, VALIDATION)
+    task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 5, VALIDATION)
     return _with_kept_original(task)
 
 
@@ -258,7 +258,7 @@ def lenet5_short() -> Task:
 
 def resnet20_full() -> Task:
     """CIFAR-10, for a GPU, which holds the images where there is one: 70 epochs of 45,000 images train the original,
-    which is kept in runs/; trials train for 10."""
+    which is kept in runs/; trials train for 6."""
     images, labels, test_images, test_labels = (part.to(fastest_device()) for part in cifar10())
     own, val = slice(0, len(images) - VALIDATION), slice(len(images) - VALIDATION, None)
     whole = _shuffled(images[own], labels[own], 512, _shift_and_flip)
@@ -268,7 +268,7 @@ def resnet20_full() -> Task:
         val=list(zip(torch.split(images[val], 1000), torch.split(labels[val], 1000), strict=True)),
         test=list(zip(torch.split(test_images, 1000), torch.split(test_labels, 1000), strict=True)),
         pretrain=_pretrain(whole, 70, 0.6, _SGD),
-        epochs=10,
+        epochs=6,
         name="resnet20_full",
     )
     return _with_kept_original(task)

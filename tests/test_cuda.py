@@ -26,12 +26,12 @@ model: {vectors: [float32, e8m3], precision: [float32, bfloat16, float16], rate_
 """
 
 
+SMALLER: dict[str, Choice] = {"channels": 0.7, "sparsity": 0.5, "weights": "int4"}
+
+
 def half_compressed(precision: str) -> dict[str, Choice]:
     layers: dict[str, Choice] = {f"{layer}:{name}": c for layer in "13" for name, c in SMALLER.items()}
     return layers | {f"{MODEL}:precision": precision}
-
-
-SMALLER: dict[str, Choice] = {"channels": 0.7, "sparsity": 0.5, "weights": "int4"}
 
 
 def on_the_gpu(output: Tensor, target: Tensor) -> Tensor:

@@ -90,11 +90,13 @@ class Artifact:
 
 
 def decoded(plan: Plan) -> Tensor:
-    """The tensor that a reader will get, without writing it."""
+    """The tensor that a reader will get, without writing it; on the device of the plan's."""
     if not plan.value.is_floating_point():
         return plan.value
     coding = coding_of(plan.choice)
-    return coding.decode(coding.encode(plan.value.float(), plan.choice, plan.parameters), plan.choice)
+    return coding.decode(coding.encode(plan.value.float(), plan.choice, plan.parameters), plan.choice).to(
+        plan.value.device
+    )
 
 
 # ------------------------------------------------------------------------------------- write
@@ -102,7 +104,8 @@ def decoded(plan: Plan) -> Tensor:
 
 def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
     """The bytes of a file that decodes to `plans`; bit-exact (see `Coding`)."""
-    values = {name: plan.value.detach().cpu() for name, plan in plans.items()}
+    plans = {name: Plan(p.value.detach().cpu(), p.choice, p.parameters.detach().cpu()) for name, p in plans.items()}
+    values = {name: plan.value for name, plan in plans.items()}
     coded: dict[str, tuple[Coding, Choice, Coded]] = {}
     kinds = []
     for name, value in values.items():

@@ -53,7 +53,7 @@ def fold_norms(model: nn.Module) -> dict[str, Tensor]:
             continue
         weight, bias = (folded[name] for name in names)
         # a channel that never changes needs no scale, and the huge one it has would ruin the coding
-        scale = torch.where(var > 1e-3 * module.eps, weight / (var + module.eps).sqrt(), torch.zeros(()))
+        scale = torch.where(var > 1e-3 * module.eps, weight / (var + module.eps).sqrt(), 0.0)
         folded[names[0]], folded[names[1]] = scale * math.sqrt(1 + module.eps), bias - mean * scale
         for name in _STATISTICS:
             folded.pop(prefix + name, None)

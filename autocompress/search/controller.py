@@ -26,7 +26,7 @@ from autocompress.errors import RunError, TargetError
 from autocompress.front import Base, ParetoFront
 from autocompress.search import engine
 from autocompress.search.pace import Pace
-from autocompress.search.payload import fastest_device, payload
+from autocompress.search.payload import payload
 from autocompress.search.profile import Profile
 from autocompress.search.profile_cache import measured_profile
 from autocompress.search.results import Results
@@ -46,7 +46,7 @@ from autocompress.search.study import JOURNAL, SearchStudy
 from autocompress.sizes import format_size, parse_size
 from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors
-from autocompress.task import Task, check_task, load_task, measure
+from autocompress.task import Task, check_task, fastest_device, load_task, measure
 from autocompress.trial import Rung, TrialResult, TrialSpec, Workshop, seed_everything
 
 Sampler = Literal["frontier", "tpe", "nsga2", "gp", "random"]
@@ -227,7 +227,7 @@ class Controller:
             self._tell("joining the cluster")
             self.ray = engine.join_ray(address, folder / LOG)
         self._tell("loading the model")
-        self.original = self._original()
+        self.original = self._original().to(fastest_device())
         check_task(task, self.original)
         path = folder / BASE
         self.base = Base(

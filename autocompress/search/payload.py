@@ -6,12 +6,11 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from autocompress.errors import TaskError
 from autocompress.space import BoundSpace
-from autocompress.task import Task, load_task
+from autocompress.task import Task, fastest_device, load_task
 from autocompress.trial import Workshop
 
 
@@ -31,11 +30,6 @@ class _Plan:
         task = load_task(self.task) if isinstance(self.task, str) else self.task
         model = cloudpickle.loads(self.model)
         return Workshop(task, model, self.space, Path(self.folder), self.seed, fastest_device())
-
-
-def fastest_device() -> str:
-    """Of this process: "cuda" or "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, folder: Path, seed: int) -> bytes:

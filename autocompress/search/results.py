@@ -63,7 +63,7 @@ class Results:
                     trial.number,
                     path.stat().st_size,
                     trial.values[1],
-                    measure(task, load(path, task.build), "test") if final else None,
+                    measure(task, load(path, task.build).to(self.workshop.device), "test") if final else None,
                     path.relative_to(folder).as_posix(),
                     json.loads((place / RECIPE).read_text()),
                     trial.user_attrs.get("parent"),

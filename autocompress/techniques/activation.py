@@ -109,8 +109,8 @@ class Activation(StructureTechnique):
         for name, module in fitted.items():
             if name in inputs:
                 with torch.no_grad():
-                    module.fit(before[name], inputs[name])
-            model.set_submodule(name, module.to(inputs[name].device) if name in inputs else module)
+                    module.to(inputs[name].device).fit(before[name], inputs[name])
+            model.set_submodule(name, module)
         return model
 
     def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
-from autocompress.task import Calibration
+from autocompress.task import Calibration, device_of
 from autocompress.techniques.base import StructureTechnique, register, straight_through
 from autocompress.techniques.clipping import ActivationClipping, clip_range
 
@@ -109,7 +109,7 @@ class ActivationBits(StructureTechnique):
             if isinstance(present, InputQuantizer):
                 present.bits = int(choice)
                 continue
-            layer.add_module(SUBMODULE, InputQuantizer(int(choice)).eval())
+            layer.add_module(SUBMODULE, InputQuantizer(int(choice)).eval().to(device_of(layer)))
             layer.register_forward_pre_hook(_QuantizeInput())
         return model
 

@@ -59,7 +59,7 @@ class Factorise(Structure):
     def build(self, model: nn.Module, name: str, choice: str, run: Calibration) -> Replacement:
         layer, into, out, bias = factors(model.get_submodule(name))
         rank = rank_of(_share(choice), len(out), into.shape[1])
-        new = pair(layer, len(out), rank, bias is not None).to(into.device)
+        new = pair(layer, len(out), rank, bias is not None)
         new.fill(into[:rank], out[:, :rank], bias)
         return new
 

@@ -93,7 +93,7 @@ def _bent(module: nn.Module, count: int, share: float) -> Stack:
     networks = []
     for number in range(count):
         own = range(number, min(count * rank, len(into)), count)
-        network = pair(layer, len(out), len(own), bias is not None, nn.PReLU(init=1.0)).to(into.device)
+        network = pair(layer, len(out), len(own), bias is not None, nn.PReLU(init=1.0))
         network.fill(into[own], count * out[:, own], bias)
         networks.append(network)
     return Stack(list(networks))
