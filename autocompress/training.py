@@ -33,6 +33,8 @@ _ROUNDS, _REGROWN = 10, 0.3
 """Rounds of dropping and regrowing if they went on to the end, and the share of the first (Evci et al., 2020)."""
 _SETTLE, _CALIBRATE = 0.8, 0.9
 _CURVATURE_BATCHES = 8
+_LOSS_SCALE = 1024.0
+"""At first, of float16: torch's own, 64 times this, overflows in the first steps of a broken model and skips them."""
 
 
 def divergence(student: Any, teacher: Any, target: Any = None, temperature: float = 1.0) -> Tensor:
@@ -88,9 +90,9 @@ def fine_tune(
     penalty = math.fsum(technique.penalty(choices[name]) for name, technique in trainings().items())
     weights, others = candidate.trainable()
     groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, fused=True)
     half = device.type == "cuda" and choices.get("precision") == "float16"
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    scaler = torch.amp.GradScaler(device.type, init_scale=_LOSS_SCALE, enabled=half)
     calibrated = rate is None
     rate = rate or RateModel(candidate)
     total = epochs * _count(task)

@@ -14,6 +14,7 @@ Each proposal also names the finished trial whose fine-tuned weights it should s
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Container, Mapping, Sequence
@@ -210,15 +211,21 @@ class FrontierSampler(BaseSampler):
             if done:
                 return self._improve(done, running, rng)
             return self._step(done, first, rng, noise=0.5)
-        pending = sum(t.user_attrs.get("move") != RACE for t in running)
-        if not walked:
-            return self._step(done, first * _LONGEST ** (pending / count), rng, noise=0.5 if pending else 0.0)
-        smallest = min(p.size for p in walked)
-        target = smallest * min(last / smallest, 0.97) ** ((1 + pending) / (count - number + pending))
+        going = [t.user_attrs["target_bytes"] for t in running if t.user_attrs.get("move", RACE) != RACE]
+        taken = [*going, *(p.size for p in walked)]
+        if not taken:
+            return self._step(done, first, rng, noise=0.0)
+        lowest = min(taken)
+        target = lowest * min(last / lowest, 0.97) ** (1 / (count - number))
         ancestor = self._ancestor(done, target)
-        shortest = _LONGEST * (ancestor.size if ancestor else first)
-        crowded = target < shortest  # many workers, few ancestors: the same bytes in different ways
-        return self._step(done, max(target, shortest), rng, noise=0.5 if crowded else 0.0)
+        largest = ancestor.size if ancestor else first
+        shortest = largest * _LONGEST ** max(1.0, 0.0 if ancestor else len(going) / count)
+        if target >= shortest:
+            return self._step(done, target, rng, noise=0.0)
+        # many workers, few ancestors: the same bytes in different ways, where they are fewest
+        marks = sorted([shortest, largest, *(size for size in taken if shortest < size < largest)])
+        below, above = max(itertools.pairwise(marks), key=lambda pair: pair[1] / pair[0])
+        return self._step(done, math.sqrt(below * above), rng, noise=0.5)
 
     def _walk(self) -> tuple[float, float, int]:
         """Bytes at which it begins and ends, and its steps: geometric, from light to heavy compression."""

@@ -80,8 +80,9 @@ class Integers(IntegerCoding):
         return steps.gather(0, best[None])[0].log2()
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        scaled = self.scaled(weight, choice, parameters)
-        return straight_through(scaled.round(), scaled) * step_of(parameters, weight.ndim)
+        step = step_of(parameters, weight.ndim)
+        scaled = (weight / step).clamp(*_limits(choice))
+        return straight_through(scaled.round(), scaled) * step
 
     def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         return (weight / step_of(parameters, weight.ndim)).clamp(*_limits(choice))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,23 @@ def test_several_workers_do_not_ask_the_same_twice(profile: Profile, outcome: Ou
         study.tell(spec.number, outcome(spec))
     asked = [tuple(sorted(t.params.items())) for t in study.trials() if t.user_attrs["move"] == "step"]
     assert len(set(asked)) >= 0.9 * len(asked)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_share_the_steps_of_the_walk(workers: int, profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, "frontier", 40)
+    running: list[TrialSpec] = []
+    while len(study.trials()) < 16:
+        while len(running) < workers:
+            spec = study.ask()
+            assert spec
+            running.append(spec)
+        spec = running.pop(0)
+        study.tell(spec.number, outcome(spec))
+    walk = [t.user_attrs["target_bytes"] for t in study.trials() if t.user_attrs["move"] == "step"][:8]
+    steps = [smaller / larger for larger, smaller in itertools.pairwise(walk)]
+    assert max(steps) < 0.93, "no two of about the same size"
+    assert min(steps) > 0.6
 
 
 def test_failing_trials_do_not_stop_the_sampler(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
