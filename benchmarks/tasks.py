@@ -118,21 +118,21 @@ def _shift_and_flip(images: Tensor) -> Tensor:
 
 
 def _pretrain(
-    train: Batches, epochs: int, peak: float, optimizer: Callable[..., torch.optim.Optimizer] = _ADAMW
+    train: Batches, epochs: int, peak: float, kind: Callable[..., torch.optim.Optimizer] = _ADAMW
 ) -> Callable[[nn.Module], None]:
     """One cycle to the peak rate and back, on the GPU where there is one."""
 
     def pretrain(model: nn.Module) -> None:
         device = fastest_device()
-        steps, moved = epochs * len(train()), optimizer(model.to(device).parameters(), lr=peak)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(moved, peak, total_steps=steps)
+        steps, optimizer = epochs * len(train()), kind(model.to(device).parameters(), lr=peak)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
         model.train()
         for _ in range(epochs):
             for inputs, target in train():
                 loss = nn.functional.cross_entropy(model(inputs.to(device)), target.to(device))
-                moved.zero_grad()
+                optimizer.zero_grad()
                 torch.autograd.backward(loss)
-                moved.step()
+                optimizer.step()
                 schedule.step()
         model.cpu().eval()
 
