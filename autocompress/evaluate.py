@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from autocompress.anatomy import read_anatomy
 from autocompress.artifact import load
 from autocompress.compression import activation_modules
 from autocompress.probing import zero_shares
-from autocompress.task import Task, device_of, fastest_device, load_task, measure
+from autocompress.task import Task, fastest_device, load_task, measure
 from autocompress.trial import calibration_batches
 
 
@@ -30,9 +32,10 @@ def evaluate(path: str | Path, task: Task | str) -> Evaluation:
     Raises ArtifactError when the file cannot be read or does not fit the task's model.
     """
     given = load_task(task) if isinstance(task, str) else task
-    model = load(path, given.build()).to(fastest_device())
-    calibration = calibration_batches(given, device_of(model))
-    activations = activation_modules(model, read_anatomy(given.build().to(fastest_device()), calibration))
+    device = torch.device(fastest_device())
+    model = load(path, given.build()).to(device)
+    calibration = calibration_batches(given, device)
+    activations = activation_modules(model, read_anatomy(given.build().to(device), calibration))
     return Evaluation(
         Path(path).stat().st_size,
         measure(given, model, "val"),

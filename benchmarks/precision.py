@@ -42,9 +42,11 @@ STEPS = 96
 
 def measured(name: str, device: str) -> list[dict[str, Any]]:
     task = load_task(TASKS[name])
-    batches = [to_device(batch, torch.device(device)) for batch in itertools.islice(task.batches("train"), STEPS)]
-    task = replace(task, train=(batches * STEPS)[:STEPS], val=to_device(task.val, torch.device(device)))
-    original = trained(load_task(TASKS[name]), 0)
+    on_gpu, place = device == "cuda", torch.device(device)
+    batches = [to_device(batch, place) for batch in itertools.islice(task.batches("train"), STEPS)]
+    train = list(itertools.islice(itertools.cycle(batches), STEPS))
+    task = replace(task, train=train, val=to_device(task.val, place))
+    original = trained(task, 0)
     rows = []
     for precision in map(str, trainings()["precision"].examples()):
         if not trainings()["precision"].available(precision):
@@ -56,21 +58,21 @@ def measured(name: str, device: str) -> list[dict[str, Any]]:
         for _ in range(2):  # the first chooses its kernels
             torch.manual_seed(0)
             candidate = Candidate(workshop.original, workshop.anatomy, Recipe.of(chosen), workshop.calibration)
-            if device == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            before = torch.cuda.memory_allocated() if on_gpu else 0
             began = time.perf_counter()
             for _epoch in fine_tune(task, candidate, workshop.original, 1):
                 pass
-            if device == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize()
             seconds = (time.perf_counter() - began) / STEPS
-        peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
+        peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
         costs = step_costs(candidate, workshop.calibration)
         rows.append(
             {
-                "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+                "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
                 "task": name,
                 "precision": precision,
                 "step_seconds": seconds,

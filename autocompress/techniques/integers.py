@@ -41,6 +41,10 @@ def step_of(logarithm: Tensor, dimensions: int) -> Tensor:
     return step if len(step) == 1 else step.view(-1, *[1] * (dimensions - 1))
 
 
+def _in_steps(weight: Tensor, step: Tensor, choice: Choice) -> Tensor:
+    return (weight / step).clamp(*_limits(choice))
+
+
 class Integers(IntegerCoding):
     """The learned parameters are log2 of the steps, so that they need no scale of their own."""
 
@@ -81,11 +85,11 @@ class Integers(IntegerCoding):
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         step = step_of(parameters, weight.ndim)
-        scaled = (weight / step).clamp(*_limits(choice))
+        scaled = _in_steps(weight, step, choice)
         return straight_through(scaled.round(), scaled) * step
 
     def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        return (weight / step_of(parameters, weight.ndim)).clamp(*_limits(choice))
+        return _in_steps(weight, step_of(parameters, weight.ndim), choice)
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         codes = self.scaled(weight.detach(), choice, parameters.detach()).round_()
