@@ -8,6 +8,8 @@ interpolated between codes: a gap that pruning left is no wall, and every step t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
@@ -25,7 +27,8 @@ class RateModel:
         self.candidate = candidate
         self.tables: dict[str, Tensor] = {}
         """Layer -> bits of each magnitude, sign included, as the codes are."""
-        self._falling: dict[str, Tensor] = {}
+        self._falling: dict[str, tuple[Tensor, Tensor]] = {}
+        """The same of a histogram that falls with magnitude, and by how much they rise to the next."""
         self.factors: dict[str, float] = {}
         self.fixed_bytes = 0.0
         self.refresh()
@@ -41,7 +44,8 @@ class RateModel:
                 counts[1:] /= 2  # of each sign
                 self.tables[name] = _bits(counts)
                 falling = isotonic_regression(counts.cpu().numpy(), increasing=False).x
-                self._falling[name] = _bits(torch.from_numpy(falling.copy()).to(counts))
+                table = _bits(torch.from_numpy(falling.copy()).to(counts))
+                self._falling[name] = table, torch.cat([table.diff(), table.new_zeros(1)])
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -76,10 +80,26 @@ class RateModel:
         shadow = self.candidate.layers[name]
         if name not in self.tables:
             return self._entropy(name)
-        table, magnitude = self._falling[name], _magnitude(shadow)
-        low = magnitude.detach().floor().long().clamp_max(len(table) - 2)
-        share = magnitude - low
-        return (table[low] * (1 - share) + table[low + 1] * share).sum()
+        assert isinstance(shadow.coding, IntegerCoding)
+        scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned.detach())
+        bits: Tensor = _Interpolated.apply(scaled, self._falling[name])  # type: ignore[no-untyped-call]
+        return bits
+
+
+class _Interpolated(torch.autograd.Function):
+    """float32 scalar: bits of all weights, which are given in steps. line: as in `RateModel._falling`."""
+
+    @staticmethod
+    def forward(ctx: Any, scaled: Tensor, line: tuple[Tensor, Tensor]) -> Tensor:
+        magnitude = scaled.abs()
+        at = magnitude.int().clamp_max_(len(line[0]) - 1)
+        bits, rise = (table.index_select(0, at.flatten()).view_as(at) for table in line)
+        ctx.save_for_backward(rise * scaled.sign())
+        return torch.addcmul(bits, magnitude - at, rise).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * gradient, None
 
 
 def _bits(counts: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from autocompress.rate import RateModel
 from autocompress.recipe import Recipe
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
+from autocompress.techniques.base import IntegerCoding
 from autocompress.training import divergence, fine_tune
 from autocompress.trial import CHECKPOINT, METRICS, Rung, TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits, workshop_of, zoo_task
@@ -97,6 +98,32 @@ def test_the_rate_has_a_gradient_towards_fewer_bits() -> None:
         before = float(rate.bits())
         dense -= 1e-3 * dense.grad.sign()
         assert float(rate.bits()) < before
+
+
+@pytest.mark.parametrize("choice", ["int3", "int4"])
+def test_the_gradient_of_the_rate_is_its_slope(choice: str) -> None:
+    candidate = candidate_of(zoo_task("mlp"), {"1:weights": choice})
+    candidate.trainable()
+    rate = RateModel(candidate)
+    shadow = candidate.layers["1"]
+    assert isinstance(shadow.coding, IntegerCoding)
+    torch.autograd.backward(rate.bits())
+    gradient = shadow.dense.grad
+    assert gradient is not None
+    with torch.no_grad():
+        away = shadow.coding.scaled(shadow.dense, choice, shadow.learned)
+        away = (away - away.round()).abs().flatten()
+        shift = 0.01 * float(shadow.dense.abs().mean())
+        for at in (away > 0.1).nonzero()[:20, 0].tolist():
+            bits = []
+            for by in (shift, -2 * shift):
+                shadow.dense.view(-1)[at] += by
+                bits.append(float(rate.bits().double()))
+            shadow.dense.view(-1)[at] += shift
+            slope = (bits[0] - bits[1]) / (2 * shift)
+            assert slope == pytest.approx(
+                float(gradient.flatten()[at]), rel=0.1, abs=0.02 * float(gradient.abs().max())
+            )
 
 
 def test_bfloat16_training_runs_and_keeps_float32_weights() -> None:

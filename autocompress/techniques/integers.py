@@ -8,7 +8,9 @@ Not for tensors with values that are not finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,8 @@ def _limits(choice: Choice) -> tuple[int, int]:
 
 def on_grid(logarithm: Tensor) -> Tensor:
     """Rounded to multiples of 1/32, which cost about a byte in a file; differentiable."""
-    return straight_through((logarithm * 32).round() / 32, logarithm)
+    rounded = (logarithm * 32).round() / 32
+    return straight_through(rounded, logarithm) if logarithm.requires_grad else rounded
 
 
 def step_of(logarithm: Tensor, dimensions: int) -> Tensor:
@@ -41,8 +44,26 @@ def step_of(logarithm: Tensor, dimensions: int) -> Tensor:
     return step if len(step) == 1 else step.view(-1, *[1] * (dimensions - 1))
 
 
-def _in_steps(weight: Tensor, step: Tensor, choice: Choice) -> Tensor:
-    return (weight / step).clamp(*_limits(choice))
+class _Quantised(torch.autograd.Function):
+    """LSQ as one operation: it runs for every layer in every step."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logarithm: Tensor, choice: Choice) -> Tensor:
+        step = step_of(logarithm.detach(), weight.ndim)
+        scaled = weight / step
+        codes = scaled.round().clamp_(*_limits(choice))
+        ctx.save_for_backward(scaled, codes, step)
+        ctx.choice = choice
+        return codes * step
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        scaled, codes, step = ctx.saved_tensors
+        low, high = _limits(ctx.choice)
+        inside = (scaled >= low) & (scaled <= high)
+        off = torch.addcmul(codes, scaled, inside, value=-1)
+        of_step = (gradient * off).sum_to_size(step.shape) * step * math.log(2)
+        return gradient * inside, of_step.flatten(), None
 
 
 class Integers(IntegerCoding):
@@ -84,12 +105,11 @@ class Integers(IntegerCoding):
         return steps.gather(0, best[None])[0].log2()
 
     def simulate(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        step = step_of(parameters, weight.ndim)
-        scaled = _in_steps(weight, step, choice)
-        return straight_through(scaled.round(), scaled) * step
+        quantised: Tensor = _Quantised.apply(weight, parameters, choice)  # type: ignore[no-untyped-call]
+        return quantised
 
     def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
-        return _in_steps(weight, step_of(parameters, weight.ndim), choice)
+        return (weight / step_of(parameters, weight.ndim)).clamp(*_limits(choice))
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         codes = self.scaled(weight.detach(), choice, parameters.detach()).round_()

@@ -41,8 +41,8 @@ class Regrow(TrainingTechnique):
             return mask
         stay, pruned = mask.flatten(), ~mask.flatten()
         worth = gradient.flatten().abs() if choice == "gradient" else torch.rand_like(gradient.flatten())
-        drop = weight.flatten().abs().masked_fill(pruned, torch.inf).topk(count, largest=False).indices
-        grow = worth.masked_fill(stay, -1.0).topk(count).indices
+        drop = weight.flatten().abs().masked_fill(pruned, torch.inf).topk(count, largest=False, sorted=False).indices
+        grow = worth.masked_fill(stay, -1.0).topk(count, sorted=False).indices
         exchanged = stay.clone()
         exchanged[drop], exchanged[grow] = False, True
         return exchanged.view_as(mask)

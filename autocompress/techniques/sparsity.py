@@ -65,8 +65,8 @@ class Sparsity(Masking):
         zeros = min(int(float(choice) * weight.numel()), weight.numel() - 1)
         if zeros == 0:
             return torch.ones_like(weight, dtype=torch.bool)
-        keep = torch.ones_like(magnitude, dtype=torch.bool).flatten()
-        keep[magnitude.flatten().topk(zeros, largest=False).indices] = False
+        keep = torch.zeros_like(magnitude, dtype=torch.bool).flatten()
+        keep[magnitude.flatten().topk(weight.numel() - zeros, sorted=False).indices] = True
         return keep.view_as(weight)
 
 

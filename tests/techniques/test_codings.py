@@ -56,6 +56,32 @@ def test_gradients_reach_the_weight(choice: str) -> None:
         assert (parameters.grad[: coding.stored(choice, (20, 20))] != 0).float().mean() > 0.5
 
 
+@pytest.mark.parametrize("choice", ["int2", "int4", "int4-channel", "int8"])
+def test_integers_have_the_gradients_of_learned_step_sizes(choice: str) -> None:
+    """Against automatic differentiation through rounding that counts as the identity (Esser et al., 2020)."""
+    torch.manual_seed(0)
+    coding, weight, onward = coding_of(choice), torch.randn(12, 20), torch.randn(12, 20)
+    steps = coding.initial(weight, choice) - 0.7  # small steps: some weights lie beyond the largest code
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x + (x.round() - x).detach()
+
+    gradients = []
+    for simulated in (True, False):
+        w, logarithm = weight.clone().requires_grad_(), steps.clone().requires_grad_()
+        if simulated:
+            out = coding.simulate(w, choice, logarithm)
+        else:
+            step = torch.exp2(rounded(logarithm * 32) / 32)[:, None]
+            half = 2 ** (int(choice[3]) - 1)
+            out = rounded((w / step).clamp(-half, half - 1)) * step
+        torch.autograd.backward(out, onward)
+        gradients.append((w.grad, logarithm.grad))
+    for got, expected in zip(*gradients, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_float32_is_the_identity() -> None:
     weight = torch.randn(6, 6)
     assert torch.equal(coding_of("float32").simulate(weight, "float32", torch.empty(0)), weight)
