@@ -43,7 +43,8 @@ _STEP = "autocompress.parameters/"
 class ShadowedLayer:
     """One weight: its parameter in the model, the dense weight behind, mask and coding.
 
-    site: the layer of the original that it is, or is a part of. key: its first name in the model.
+    site: the layer of the original that it is, or is a part of. key: its first name in the model. mask: float32, 1
+    where weights stay and 0 elsewhere (to multiply by a Boolean tensor takes several times as long).
     gradient: of all weights in the last step, the pruned ones too, where regrowing needs it.
     """
 
@@ -145,10 +146,11 @@ class Candidate:
                     shadow.mask = None
                     continue
                 weight = (shadow.masked() if self.regrows and share > 0 else shadow.dense).detach()
-                shadow.mask = masking.mask(weight, target)
+                mask = masking.mask(weight, target)
                 if regrown and isinstance(target, float) and shadow.gradient is not None:
                     for technique, choice in self.training:
-                        shadow.mask = technique.regrown(choice, shadow.mask, weight, shadow.gradient, regrown)
+                        mask = technique.regrown(choice, mask, weight, shadow.gradient, regrown)
+                shadow.mask = mask.float()
 
     def _targets(self, dimension: str, masking: Masking, share: float, start: Mapping[str, float]) -> dict[str, Choice]:
         """Layer -> what its mask should be now: shares on their way, exchanged between layers where asked."""

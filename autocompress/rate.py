@@ -72,7 +72,7 @@ class RateModel:
         """float32 scalar: bits of the codes as they are."""
         shadow = self.candidate.layers[name]
         if name not in self.tables:
-            kept = shadow.dense.numel() if shadow.mask is None else int(shadow.mask.sum())
+            kept = shadow.dense.numel() if shadow.mask is None else int(shadow.mask.count_nonzero())
             return shadow.dense.new_tensor(kept * shadow.coding.bits(shadow.choice))
         return self.tables[name][_magnitude(shadow).round().long()].sum()
 

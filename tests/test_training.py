@@ -55,7 +55,7 @@ def test_sparsity_rises_from_the_parents() -> None:
     candidate.set_masks(share=0.5, start={"1": 0.5})
     mask = candidate.layers["1"].mask
     assert mask is not None
-    assert (~mask).float().mean() == pytest.approx(0.7, abs=0.01)
+    assert (mask == 0).float().mean() == pytest.approx(0.7, abs=0.01)
 
 
 def test_a_rate_penalty_makes_the_file_smaller() -> None:

@@ -46,7 +46,7 @@ def test_a_mask_in_a_model(sparsity: Choice, any_task: Task) -> None:
         pass
     for shadow in candidate.layers.values():
         assert shadow.mask is not None
-        assert bool((shadow.parameter.detach()[~shadow.mask] == 0).all())
+        assert bool((shadow.parameter.detach()[shadow.mask == 0] == 0).all())
         if sparsity == "2:4":
             rows = shadow.parameter.detach().flatten(1)
             whole = rows[:, : rows.shape[1] // 4 * 4].reshape(-1, 4)
