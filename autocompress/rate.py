@@ -72,17 +72,15 @@ class RateModel:
         """float32 scalar: bits of the codes as they are."""
         shadow = self.candidate.layers[name]
         if name not in self.tables:
-            kept = shadow.dense.numel() if shadow.mask is None else int(shadow.mask.count_nonzero())
-            return shadow.dense.new_tensor(kept * shadow.coding.bits(shadow.choice))
+            kept = shadow.dense.new_tensor(shadow.dense.numel()) if shadow.mask is None else shadow.mask.count_nonzero()
+            return kept * shadow.coding.bits(shadow.choice)
         return self.tables[name][_magnitude(shadow).round().long()].sum()
 
     def _layer_bits(self, name: str) -> Tensor:
         shadow = self.candidate.layers[name]
         if name not in self.tables:
             return self._entropy(name)
-        assert isinstance(shadow.coding, IntegerCoding)
-        scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned.detach())
-        bits: Tensor = _Interpolated.apply(scaled, self._falling[name])  # type: ignore[no-untyped-call]
+        bits: Tensor = _Interpolated.apply(_in_steps(shadow), self._falling[name])  # type: ignore[no-untyped-call]
         return bits
 
 
@@ -107,8 +105,13 @@ def _bits(counts: Tensor) -> Tensor:
     return -(counts / (2 * counts.sum() - counts[0])).log2()
 
 
+def _in_steps(shadow: ShadowedLayer) -> Tensor:
+    """The weight in steps, float32, shape of the layer; differentiable in the dense weights."""
+    assert isinstance(shadow.coding, IntegerCoding)
+    return shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned.detach())
+
+
 def _magnitude(shadow: ShadowedLayer) -> Tensor:
     """|weight| in steps, at most the largest code; float32, shape of the layer."""
     assert isinstance(shadow.coding, IntegerCoding)
-    scaled = shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned.detach())
-    return scaled.abs().clamp_max(1 << shadow.coding.layout(shadow.choice)[1])
+    return _in_steps(shadow).abs().clamp_max(1 << shadow.coding.layout(shadow.choice)[1])
