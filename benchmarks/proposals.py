@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
 
 import autocompress as ac
 from autocompress.anatomy import Anatomy, Layer
 from autocompress.search.planner import plan
-from autocompress.search.sampler import distributions
+from autocompress.search.sampler import Proposal, distributions
 from autocompress.search.study import SearchStudy
 from autocompress.space import BoundDimension, BoundSpace
 
@@ -62,12 +61,10 @@ class _Timed(ac.FrontierSampler):
 
     seconds = 0.0
 
-    def sample_relative(
-        self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    def next(self, study: optuna.Study, number: int) -> Proposal:
         began = time.perf_counter()
         try:
-            return super().sample_relative(study, trial, search_space)
+            return super().next(study, number)
         finally:
             self.seconds = time.perf_counter() - began
 

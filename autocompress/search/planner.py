@@ -68,7 +68,7 @@ class _Knapsack:
             costs = np.array([known.get(str(c), 0.0) if c in offered else np.inf for c in dimension.choices])
             if key in profile.own:
                 own = profile.own[key]
-                self.effect[own.row] += costs[own.digits(table.shape[1])]
+                self.effect[own.row] += costs[own.digits]
             else:
                 self.effects[key] = costs
                 self.place[key] = profile.places[key][start[key]]
@@ -86,9 +86,7 @@ class _Knapsack:
 
     def chosen(self) -> dict[str, Choice]:
         """key -> choice, for every dimension."""
-        places = {
-            key: int(self.combination[own.row]) // own.stride % own.count for key, own in self.profile.own.items()
-        }
+        places = {key: own.digits[self.combination[own.row]] for key, own in self.profile.own.items()}
         return {key: d.choices[places.get(key, self.place.get(key, 0))] for key, d in self.profile.dimensions.items()}
 
     def total(self) -> float:

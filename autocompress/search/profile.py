@@ -24,15 +24,12 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Own:
-    """Where a dimension stands among the combinations of its row: choice = combination // stride % count."""
+    """Where a dimension stands among the combinations of its row. digits: int [combinations], the choice that each has;
+    the next choice is `stride` further on."""
 
     row: int
     stride: int
-    count: int
-
-    def digits(self, combinations: int) -> NDArray[np.intp]:
-        """int [combinations]: the choice that each has."""
-        return np.arange(combinations) // self.stride % self.count
+    digits: NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ class Profile:
         self.header_bytes = float(measured["header_bytes"])
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in space}
         self.places = {d.key: {choice: i for i, choice in enumerate(d.choices)} for d in space}
-        self.own: dict[str, Own] = {}
         rows: list[list[float]] = []
+        strides: list[tuple[str, int, int]] = []
         factors: dict[str, dict[int, Floats]] = {}
 
         def scale(key: str, by: Floats) -> None:
@@ -79,7 +76,7 @@ class Profile:
             rows.append(list(measured["layer_bytes"][layer.name].values()))
             stride = 1
             for d in reversed([d for d in space if d.site == layer.name and d.name not in structures()]):
-                self.own[d.key] = Own(len(rows) - 1, stride, len(d.choices))
+                strides.append((d.key, len(rows) - 1, stride))
                 stride *= len(d.choices)
             scale_by_channels(layer.groups)
             for key, left in measured["weights_left"].items():
@@ -99,6 +96,9 @@ class Profile:
         self.table = np.full((len(rows), max(map(len, rows))), math.inf)
         for at, row in enumerate(rows):
             self.table[at, : len(row)] = row
+        each = np.arange(self.table.shape[1])
+        self.own = {key: Own(row, stride, each // stride % len(self.places[key])) for key, row, stride in strides}
+        self._rows = [own.row for own in self.own.values()]
         self.scalers = {
             key: Scaler(np.array(list(known)), np.maximum(np.stack(list(known.values()), 1), _LEAST))
             for key, known in factors.items()
@@ -107,8 +107,8 @@ class Profile:
     def combinations(self, chosen: Chosen) -> NDArray[np.intp]:
         """int [rows]: the combination that each row has in a recipe."""
         combinations = np.zeros(len(self.table), np.intp)
-        for key, own in self.own.items():
-            combinations[own.row] += own.stride * self.places[key][chosen[key]]
+        steps = [own.stride * self.places[key][chosen[key]] for key, own in self.own.items()]
+        np.add.at(combinations, self._rows, steps)
         return combinations
 
     def scale(self, chosen: Chosen) -> Floats:

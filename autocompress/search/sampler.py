@@ -143,6 +143,7 @@ class FrontierSampler(BaseSampler):
         self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions = profile.dimensions
+        self._sites = sorted({d.site for d in profile.space})
         self._default_bytes = profile.predict(profile.default())
         self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
@@ -170,6 +171,18 @@ class FrontierSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        proposal = self.next(study, trial.number)
+        assert proposal.chosen is not None
+        for name, value in proposal.attributes().items():
+            study._storage.set_trial_user_attr(trial._trial_id, name, value)
+            trial.set_user_attr(name, value)  # what the objective sees was read before
+        return {key: proposal.chosen[key] for key in search_space}
+
+    # ------------------------------------------------------------ proposals
+
+    def next(self, study: Study, number: int) -> Proposal:
+        """What trial `number` of the study, which need not be there yet, should try. Raises SamplerError when the
+        study is not one of bytes and accuracy."""
         if study.directions != [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]:
             raise SamplerError(
                 "this sampler needs a study of two objectives, bytes and accuracy: "
@@ -182,18 +195,10 @@ class FrontierSampler(BaseSampler):
                 if point.move == "train" and point.parent in self._points:
                     point.trained = self._points[point.parent].trained + 1
         if self.race:
-            self.race.note([t for t in trials if t.number != trial.number])
-        done = [self._points[number] for number in sorted(self._points)]
-        running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
-        rng = random.Random(f"{self.seed} {trial.number}")
-        proposal = self.propose(done, running, trial.number, rng)
-        assert proposal.chosen is not None
-        for name, value in proposal.attributes().items():
-            study._storage.set_trial_user_attr(trial._trial_id, name, value)
-            trial.set_user_attr(name, value)  # what the objective sees was read before
-        return {key: proposal.chosen[key] for key in search_space}
-
-    # ------------------------------------------------------------ proposals
+            self.race.note([t for t in trials if t.number != number])
+        done = [self._points[known] for known in sorted(self._points)]
+        running = [t for t in trials if t.state == TrialState.RUNNING and t.number != number]
+        return self.propose(done, running, number, random.Random(f"{self.seed} {number}"))
 
     def propose(
         self, done: Sequence[Point], running: Sequence[FrozenTrial], number: int, rng: random.Random
@@ -291,6 +296,8 @@ class FrontierSampler(BaseSampler):
                 best = self._step(done, best.target_bytes, rng, noise, best.parent)
                 if best.chosen not in known:
                     break
+        elif best.parent is not None:
+            best.chosen = best.parent.as_asked(best.chosen)
         best.expected_accuracy = region.ceiling - math.exp(mean[at])
         return best
 
@@ -364,10 +371,10 @@ class FrontierSampler(BaseSampler):
 
     def _crossover(self, larger: Point, smaller: Point, done: Sequence[Point], rng: random.Random) -> Proposal:
         """Each layer from one of two neighbours on the front; weights from the one whose channels allow."""
-        pick = {site: rng.random() < 0.5 for site in sorted({d.site for d in self.dimensions.values()})}
+        pick = {site: rng.random() < 0.5 for site in self._sites}
         chosen = {key: (smaller if pick[d.site] else larger).reached[key] for key, d in self.dimensions.items()}
-        for key, choice in chosen.items():
-            if not self._follows(key, larger, choice):
+        for key in self._permanent:
+            if not self._follows(key, larger, chosen[key]):
                 chosen[key] = larger.reached[key]
         return self._as_it_is("cross", chosen, larger, done, rng)
 
@@ -377,7 +384,7 @@ class FrontierSampler(BaseSampler):
         """A recipe that is not planned: its bytes are what they are."""
         chosen = self._trained(chosen, parent, parent.size, rng)
         predicted = self.profile.predict(chosen) * self._correction(done, parent, chosen)
-        return Proposal(move, parent, predicted, parent.as_asked(chosen), predicted)
+        return Proposal(move, parent, predicted, chosen, predicted)
 
     # ------------------------------------------------------------ judgement
 
@@ -387,11 +394,9 @@ class FrontierSampler(BaseSampler):
         return sorted((done[i] for i in keep), key=lambda p: -p.size)
 
     def _follows(self, key: str, parent: Point, choice: Choice) -> bool:
-        """Whether the parent can go on with this choice: what it took away for good does not come back."""
-        technique = self._permanent.get(key)
-        if technique is None:
-            return True
-        site = key.rpartition(":")[0]
+        """Whether the parent can go on with this choice of a permanent dimension: what was taken away for good does
+        not come back."""
+        technique, site = self._permanent[key], key.rpartition(":")[0]
         return technique.follows(parent.chosen[key], choice) and not any(
             technique.voids(choice, site, dimension, other) for dimension, other in parent.rebuilt if other != site
         )
@@ -463,7 +468,8 @@ class FrontierSampler(BaseSampler):
                 low -= 1
             high = at + 1 + math.ceil(_REACH * len(d.choices)) if d.name in _PLANNED else len(d.choices)
             near = d.choices[low:high]
-            allowed[key] = tuple(choice for choice in near if self._follows(key, parent, choice))
+            permanent = key in self._permanent
+            allowed[key] = tuple(c for c in near if self._follows(key, parent, c)) if permanent else near
         return allowed
 
     def _trained(

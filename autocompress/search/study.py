@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.errors import RunError
 from autocompress.search.journal import Journal
-from autocompress.search.sampler import distributions
+from autocompress.search.sampler import FrontierSampler, Proposal, distributions
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
 
@@ -94,11 +94,27 @@ class SearchStudy:
         """The next candidate, or None when the budget is spent."""
         if self.remaining() <= 0:
             return None
+        sampler = self.study.sampler
         with self._journal.at_once():
-            trial = self.study.ask(self._distributions)
-        recipe = self.space.recipe(trial.params)
-        parent = self.get(trial.number).user_attrs.get("parent")
-        return TrialSpec(trial.number, recipe.to_json(), parent)
+            if isinstance(sampler, FrontierSampler) and not self.trials(TrialState.WAITING):
+                number = self._record(sampler.next(self.study, len(self.trials())))
+            else:
+                number = self.study.ask(self._distributions).number
+        trial = self.get(number)
+        return TrialSpec(number, self.space.recipe(trial.params).to_json(), trial.user_attrs.get("parent"))
+
+    def _record(self, proposal: Proposal) -> int:
+        """The number of its trial. A whole recipe is one line of the journal; Optuna writes one for each parameter."""
+        assert proposal.chosen is not None
+        self.study.add_trial(
+            optuna.create_trial(
+                state=TrialState.RUNNING,
+                params=proposal.chosen,
+                distributions=self._distributions,
+                user_attrs=proposal.attributes(),
+            )
+        )
+        return len(self.trials()) - 1
 
     def tell(self, number: int, result: TrialResult) -> None:
         """Record a finished trial; telling twice is the same as once."""
