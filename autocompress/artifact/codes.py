@@ -46,14 +46,18 @@ def write_codes(state: CoderState, codes: Array, exponent: int, mantissa: int, r
     if exponent:
         state.code(Walk().turn(cube), Scan(), exponent, mantissa)
         return
-    walk = _of_shape(codes.shape)
+    walks = [_of_shape(codes.shape)]
     if min(cube.shape[:2]) > 1:
-        walks = _walks(cube) if codes.ndim == 2 else [walk, walk._replace(transposed=True)]
-        walk = min(walks, key=lambda walk: _cost(state, _part(walk, cube), walk.scan, mantissa))
-        walk = _walk_in_stream(state, walk, codes.ndim)
+        walks = _walks(cube) if codes.ndim == 2 else [*walks, walks[0]._replace(transposed=True)]
+    costs = [_cost(state, _part(walk, cube), walk.scan, mantissa) for walk in walks]
+    walk = walks[costs.index(min(costs))]
+    if min(cube.shape[:2]) > 1:
+        _walk_in_stream(state, walk, codes.ndim)
     turned, scan = walk.turn(cube), walk.scan
     if _has_factors(turned.shape, mantissa):
-        scan = scan._replace(factors=_factors_pay(state, turned, scan, mantissa))
+        factored = scan._replace(factors=True)
+        if _cost(state, _part(walk, cube), factored, mantissa) < (1 - _WORTH) * min(costs):
+            scan = factored
         state.flag(_FACTORS, scan.factors)
     state.code(turned, scan, 0, mantissa)
 
@@ -110,8 +114,8 @@ def _walks(matrix: Array) -> list[Walk]:
 
 
 def _part(walk: Walk, cube: Array) -> Array:
-    """The first rows of the turned matrix."""
-    rows = max(1, _SAMPLE * cube.shape[walk.transposed] // cube.size)
+    """The first rows of the turned matrix, as many as factors can be learned from."""
+    rows = max(2 * RANK, _SAMPLE * cube.shape[walk.transposed] // cube.size)
     return walk.turn(cube[:, :rows] if walk.transposed else cube[:rows])
 
 
@@ -125,13 +129,6 @@ def _cost(state: CoderState, part: Array, scan: Scan, mantissa: int) -> float:
 def _has_factors(shape: tuple[int, ...], mantissa: int) -> bool:
     """Whether factors of rows and columns are worth a try: they take as much memory as `RANK` rows."""
     return min(shape) >= RANK and mantissa <= 8
-
-
-def _factors_pay(state: CoderState, matrix: Array, scan: Scan, mantissa: int) -> bool:
-    """Whether the first rows, enough to learn from, take so much less with them that it is worth the time."""
-    part = matrix[: max(2 * RANK, _SAMPLE // matrix.shape[1])]
-    plain, factored = (_cost(state, part, scan._replace(factors=f), mantissa) for f in (False, True))
-    return factored < (1 - _WORTH) * plain
 
 
 def vertical(matrix: Array) -> int:
