@@ -245,7 +245,7 @@ class CoderState:
 # Compiling takes seconds, once on a machine, so: types are given, or each mixture of integer types that a function is
 # called with would be compiled; functions that only compiled ones call have no way in from Python (to call one from
 # there crashes); min, max and new arrays, which numba would compile too, are not used. error_model: nothing is ever
-# divided by zero. `_mixed`, where the time of coding goes, LLVM must be told to inline.
+# divided by zero. `_mixed` and `_bit`, where the time of coding goes, LLVM must be told to inline.
 _compiled = partial(njit, cache=True, error_model="numpy", no_cfunc_wrapper=True)
 _inner = partial(_compiled, no_cpython_wrapper=True)
 _at = np.uint64
@@ -263,7 +263,7 @@ def _max(a: int, b: int) -> int:
     return a if a > b else b
 
 
-@_inner("i8(i8, i8[::1], u1[::1], i8, i8)")
+@_inner("i8(i8, i8[::1], u1[::1], i8, i8)", forceinline=True)
 def _bit(mode: int, interval: Array, buffer: Array, p: int, bit: int) -> int:
     """Code one bit whose probability of being 1 is p / 65536: the interval shrinks to the part that is the bit's, and
     what its bounds have in common is settled (carry-less, as in Mahoney's lpaq)."""
@@ -297,8 +297,8 @@ def _update(memory: Array, slot: int, bit: int) -> None:
     n = state & 1023
     p = state >> 10
     target = 1048575 if bit else 0
-    p += ((target - p) * _RATE[_at(n)]) >> 16
-    memory[_at(slot)] = (p << 10) | (n + 1 if n < _LIMIT else n)
+    step = ((target - p) * _RATE[_at(n)]) >> 16
+    memory[_at(slot)] = state + (step << 10) + (n < _LIMIT)
 
 
 @_compiled("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8)")
