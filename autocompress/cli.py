@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -156,7 +155,8 @@ def search(
     else:
         _print_front(front)
         out.print(
-            f"run folder: {front.folder}\npicture:    {front.folder / 'front.png'}",
+            f"run folder: {front.folder}\npicture:    {front.folder / 'front.png'}\n"
+            f"report:     {front.folder / 'report.html'}",
             highlight=False,
             soft_wrap=True,
         )
@@ -175,15 +175,11 @@ def _print_asked(front: ParetoFront, max_size: str | None, min_accuracy: float |
 
 
 def _print_front(front: ParetoFront) -> None:
+    from autocompress.report.table import honesty
+
     out.print(front.table())
-    gap = front.overfitting()
-    if not math.isnan(gap):
-        judged = "worse" if gap > 0 else "better"
-        out.print(
-            f"against the original, files are {abs(gap):.4f} {judged} on test than on validation (mean of the front)",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if measured := honesty(front):
+        out.print(measured, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -259,6 +255,23 @@ def plot(
         else:
             front = _front(path)
             sys.stdout.write(f"{front.plot(output or front.folder / 'front.png')}\n")
+    except OSError as error:
+        raise TargetError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page to write; by default report.html in the run.")
+    ] = None,
+) -> None:
+    """Write one HTML page: the front, where the bytes of its files go, every trial, how to repeat the run."""
+    from autocompress.search.run_folder import REPORT
+
+    front = _front(run)
+    try:
+        sys.stdout.write(f"{front.report(output or front.folder / REPORT)}\n")
     except OSError as error:
         raise TargetError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
 

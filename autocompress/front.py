@@ -156,6 +156,12 @@ class ParetoFront:
 
         return plot_front(self, Path(path))
 
+    def report(self, path: str | Path) -> Path:
+        """Write a page (.html) with the front, where the bytes of its files go, and every trial. Returns the path."""
+        from autocompress.report.page import write_page
+
+        return write_page(self, Path(path))
+
     def to_json(self) -> dict[str, Any]:
         points = []
         for point in self.points:

@@ -78,6 +78,13 @@ def test_show_plot_and_pick(place: Path) -> None:
     assert "bytes, validation accuracy" in cli(place, "pick", "demo").stdout
 
 
+def test_a_page_is_left_by_the_search_and_written_again_on_request(place: Path) -> None:
+    assert "report:     runs/demo/report.html" in (place / "search.out").read_text()
+    left = (place / "runs" / "demo" / "report.html").read_text()
+    assert cli(place, "report", "demo").stdout.strip() == "runs/demo/report.html"
+    assert (place / "runs" / "demo" / "report.html").read_text() == left
+
+
 def test_evaluate_says_what_the_front_says(place: Path) -> None:
     for point in front_of(place)["front"]:
         file = str(Path("runs") / "demo" / str(point["artifact"]))
@@ -144,7 +151,7 @@ def test_a_process_of_its_own_exits_the_same(place: Path) -> None:
 
 def test_version_and_help() -> None:
     assert cli(Path(), "--version").stdout == f"autocompress {__version__}\n"
-    for command in ("search", "show", "diff", "plot", "pick", "evaluate", "inspect", "spaces"):
+    for command in ("search", "show", "diff", "plot", "report", "pick", "evaluate", "inspect", "spaces"):
         shown = cli(Path(), command, "--help")
         assert shown.returncode == 0
         assert "Usage: " in shown.stdout
@@ -181,6 +188,8 @@ def test_version_and_help() -> None:
         ("plot whole.acz -o x.gif", "ends in .png, .svg or .pdf"),
         ("plot demo -o x.gif", "ends in .png, .svg or .pdf"),
         ("plot demo -o /proc/none/x.png", "cannot write"),
+        ("report demo -o /proc/none/x.html", "cannot write"),
+        ("report dema", "did you mean 'demo'?"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: str, message: str, place: Path) -> None:

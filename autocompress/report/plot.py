@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autocompress.artifact import Artifact
 from autocompress.errors import TargetError
-from autocompress.front import ParetoFront
+from autocompress.front import Base, FrontPoint, ParetoFront
 from autocompress.report.inside import HEADER, VECTORS, parts
+from autocompress.report.trials import Trial
 from autocompress.search.profile import Profile
 from autocompress.sizes import format_size
 
@@ -104,8 +105,6 @@ def plot_profile(profile: Profile, path: Path) -> Path:
 
 def plot_front(front: ParetoFront, path: Path) -> Path:
     """Accuracy of the decoded model against bytes of the file. Returns `path`."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     with _picture(path, 7.2, 4.3) as axes:
         sizes = [p.size_bytes for p in front.points]
         axes.step(
@@ -142,13 +141,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             ms=8,
             label="original, float32",
         )
-        axes.axhline(100 * base.val_accuracy, color=_GREY, lw=0.8, ls=":")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: format_size(v)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("size of the file on disk")
-        axes.set_ylabel("accuracy of the decoded model (%)")
+        _scales(axes, front)
         if front.points:
             knee = front.knee()
             ratio = base.size_bytes / knee.size_bytes
@@ -160,16 +153,59 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
                 arrowprops={"arrowstyle": "-", "color": _BLUE},
                 color=_BLUE,
             )
-        accuracies = [100 * p.val_accuracy for p in front.points] + [100 * base.val_accuracy]
-        floor = max(accuracies) - _SHOWN
-        if min(accuracies) < floor:
-            axes.set_ylim(bottom=floor)
-            below = sum(1 for accuracy in accuracies if accuracy < floor)
-            text = axes.text(
-                0.35, 0.02, f"{below} smaller file{'s' if below > 1 else ''} below {floor:.0f}%", color=_GREY
-            )
-            text.set(transform=axes.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-        axes.grid(alpha=0.25)
+        _leave_out(axes, [*front.points, base], "smaller file")
         axes.legend(loc="lower right", frameon=False)
         axes.set_title(f"{front.task}: size versus accuracy", loc="left")
     return path
+
+
+def plot_trials(front: ParetoFront, trials: Sequence[Trial], path: Path) -> Path:
+    """Every trial of a run, coloured by its number and joined to the parent that it was trained on from. Returns
+    `path`."""
+    known = {trial.number: trial for trial in trials}
+    with _picture(path, 7.2, 4.3) as axes:
+        for trial in trials:
+            parent = front.base if trial.parent is None else known.get(trial.parent)
+            if parent:
+                ends = (parent, trial)
+                accuracies = [100 * end.val_accuracy for end in ends]
+                axes.plot([end.size_bytes for end in ends], accuracies, color=_GREY, lw=0.7, alpha=0.5, zorder=1)
+        drawn = axes.scatter(
+            [trial.size_bytes for trial in trials],
+            [100 * trial.val_accuracy for trial in trials],
+            c=[trial.number for trial in trials],
+            cmap="viridis_r",
+            s=26,
+            zorder=2,
+        )
+        axes.plot(front.base.size_bytes, 100 * front.base.val_accuracy, "s", color=_GREY, ms=8)
+        _scales(axes, front)
+        _leave_out(axes, [*trials, front.base], "trial")
+        axes.figure.colorbar(drawn, ax=axes, label="trial")
+        axes.set_title("every trial, and what it was trained on from", loc="left")
+    return path
+
+
+def _scales(axes: Axes, front: ParetoFront) -> None:
+    """Bytes, on a logarithmic scale, and accuracy, with a line at the original's."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.axhline(100 * front.base.val_accuracy, color=_GREY, lw=0.8, ls=":")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: format_size(v)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("size of the file on disk")
+    axes.set_ylabel("accuracy of the decoded model (%)")
+    axes.grid(alpha=0.25)
+
+
+def _leave_out(axes: Axes, shown: Sequence[Base | FrontPoint | Trial], name: str) -> None:
+    """Count what lies far below the best instead of drawing it."""
+    accuracies = [100 * one.val_accuracy for one in shown]
+    floor = max(accuracies) - _SHOWN
+    below = sum(accuracy < floor for accuracy in accuracies)
+    if below:
+        axes.set_ylim(bottom=floor)
+        text = axes.text(0.35, 0.02, f"{below} {name}{'s' if below > 1 else ''} below {floor:.0f}%", color=_GREY)
+        text.set(transform=axes.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from autocompress.front import ParetoFront
@@ -35,3 +37,12 @@ def front_table(front: ParetoFront) -> Table:
             point.artifact,
         )
     return table
+
+
+def honesty(front: ParetoFront) -> str:
+    """How much the search has fitted the validation split, in a sentence; empty before the test."""
+    gap = front.overfitting()
+    if math.isnan(gap):
+        return ""
+    judged = "worse" if gap > 0 else "better"
+    return f"against the original, files are {abs(gap):.4f} {judged} on test than on validation (mean of the front)"

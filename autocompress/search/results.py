@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autocompress.artifact import load, write_file
 from autocompress.errors import RunError
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
+from autocompress.search.run_folder import REPORT
 from autocompress.search.study import SearchStudy
 from autocompress.task import measure
 from autocompress.trial import ARTIFACT, CHECKPOINT, RECIPE, Workshop
@@ -45,6 +46,7 @@ class Results:
         self._write(front)
         for suffix in ("png", "svg"):
             front.plot(folder / f"front.{suffix}")
+        front.report(folder / REPORT)
         return front
 
     def _members(self) -> list[FrozenTrial]:

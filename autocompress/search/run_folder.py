@@ -18,6 +18,7 @@ from autocompress.version import __version__
 
 RUNS = Path("runs")
 CONFIG, BASE, PROFILE, LOG = "config.yaml", "base.safetensors", "profile.json", "log"
+REPORT = "report.html"
 
 
 def run_path(name: str | Path) -> Path:

@@ -1,0 +1,78 @@
+"""The report of a run as a page: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+
+from autocompress.artifact import read_artifact, write_file
+from autocompress.errors import RunError
+from autocompress.front import ParetoFront
+from autocompress.report.inside import Part, parts
+from autocompress.report.plot import plot_front, plot_trials
+from autocompress.report.table import honesty
+from autocompress.report.trials import read_trials
+from autocompress.sizes import format_size
+
+_CLOSE = 0.01
+"""Accuracy that a file may lose and still be told of as close to the original."""
+
+
+def write_page(front: ParetoFront, path: Path) -> Path:
+    """The front and its files' links, where their bytes go layer by layer, every trial, and how to repeat the run.
+
+    Returns `path`. Raises RunError when the run holds no file, or lacks what its front names.
+    """
+    if not front.points:
+        raise RunError(f"run {str(front.folder)!r} has no finished trial yet: there is nothing to report")
+    members = list(reversed(front.points))
+    inside = [{part.name: part for part in parts(read_artifact(member.path))} for member in members]
+    layers = list(dict.fromkeys(name for file in inside for name in file))
+    layers.sort(key=lambda name: all(not file[name].shape for file in inside if name in file))
+    trials = read_trials(front.folder)
+    config = front.folder / "config.yaml"
+    close = [member for member in members if member.val_accuracy >= front.base.val_accuracy - _CLOSE]
+    environment = Environment(loader=PackageLoader("autocompress", "report"), autoescape=True, trim_blocks=True)
+    environment.filters |= {"bytes": "{:,}".format, "share": "{:.2%}".format, "short": format_size}
+    page = environment.get_template("page.html").render(
+        front=front,
+        members=members,
+        notable=[member for member in members if member in (*close[-1:], front.knee())],
+        link=lambda member: Path(os.path.relpath(member.path, path.parent)).as_posix(),
+        layers=[(name, [file.get(name) for file in inside]) for name in layers],
+        shade=_shade([part for file in inside for part in file.values()]),
+        tell=_tell,
+        honesty=honesty(front),
+        trials=trials,
+        hours=sum(trial.seconds for trial in trials) / 3600,
+        pictures=[_svg(lambda at: plot_front(front, at)), _svg(lambda at: plot_trials(front, trials, at))],
+        config=config.read_text() if config.is_file() else "",
+    )
+    write_file(path, page.encode())
+    return path
+
+
+def _svg(draw: Callable[[Path], Path]) -> str:
+    """The picture as an element of a page."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = draw(Path(folder) / "picture.svg").read_text()
+    return text[text.index("<svg") :]
+
+
+def _shade(found: list[Part]) -> Callable[[Part], str]:
+    """A colour for each part: the darker, the more bytes, on a logarithmic scale."""
+    largest = math.log(max(part.size_bytes for part in found) + 1)
+    return lambda part: f"rgba(31, 95, 168, {0.75 * (math.log(part.size_bytes + 1) / largest) ** 2:.2f})"
+
+
+def _tell(part: Part) -> str:
+    """What a pointer that rests on it is told."""
+    if not part.shape:
+        return part.stored_as
+    how = ", ".join(filter(None, (part.stored_as, part.also)))
+    return f"{part.dimensions}: {how}; {part.bits_per_weight:.2f} bits a weight, {100 * part.zeros:.0f}% zeros"

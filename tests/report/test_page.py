@@ -1,0 +1,71 @@
+"""The page of a run: what stands on it, that it needs nothing beside it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import autocompress as ac
+from autocompress.errors import RunError
+from autocompress.report.trials import read_trials
+from tests import mini
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> ac.ParetoFront:
+    return ac.search(mini.task(), 6, run=tmp_path_factory.mktemp("page") / "run", workers=1)
+
+
+def test_a_search_leaves_a_page_with_every_file_and_every_layer(front: ac.ParetoFront) -> None:
+    page = (front.folder / "report.html").read_text()
+    for point in front:
+        assert f"{point.size_bytes:,}<td>1/" in page
+        assert f'href="{point.artifact}"' in page
+        inside = ac.read_artifact(point.path)
+        for name, tensor in inside.tensors.items():
+            if tensor.value.ndim > 1:
+                assert f'<td class="left">{name.removesuffix(".weight")}<' in page
+                assert re.search(rf">{tensor.size_bytes:,}[<\n]", page)
+    assert page.count("<svg") == 2
+    assert "seed: 0" in page
+    assert not re.search(r"<(script|link|img)|url\(http", page), "it needs something beside it"
+
+
+def test_the_trials_are_those_of_the_run(front: ac.ParetoFront) -> None:
+    trials = {trial.number: trial for trial in read_trials(front.folder)}
+    assert len(trials) == 6
+    for point in front:
+        trial = trials[point.trial]
+        assert (trial.size_bytes, trial.val_accuracy, trial.parent) == (
+            point.size_bytes,
+            point.val_accuracy,
+            point.parent,
+        )
+
+
+def test_links_lead_to_the_files_from_anywhere(front: ac.ParetoFront, tmp_path: Path) -> None:
+    page = front.report(tmp_path / "elsewhere" / "page.html")
+    links = re.findall(r'<a href="([^"]+)"', page.read_text())
+    assert [(page.parent / link).resolve() for link in links] == [p.path.resolve() for p in reversed(front.points)]
+
+
+def test_names_are_text(front: ac.ParetoFront, tmp_path: Path) -> None:
+    named = replace(front, task="<script>alert(1)</script>")
+    page = named.report(tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_what_cannot_be_reported_is_told(front: ac.ParetoFront, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no finished trial yet"):
+        replace(front, points=()).report(tmp_path / "page.html")
+    metrics = front.folder / "trials" / str(front.points[0].trial) / "metrics.json"
+    before = metrics.read_text()
+    metrics.write_text(json.dumps({"size_bytes": 1}))
+    with pytest.raises(RunError, match=r"metrics\.json' cannot be read"):
+        front.report(tmp_path / "page.html")
+    metrics.write_text(before)
