@@ -1,42 +1,10 @@
 """autocompress: give it a trained PyTorch model, data and a budget; it returns the Pareto front of size
 versus accuracy, as files that can be shipped.
+
+The public names are those of `__init__.pyi`. Each is imported when it is first used, so that a command which needs no
+torch does not wait for it (scientific Python's SPEC 1).
 """
 
-from autocompress import techniques as techniques
-from autocompress.artifact import Artifact, load, read_artifact
-from autocompress.errors import AutocompressError
-from autocompress.evaluate import Evaluation, evaluate
-from autocompress.export import Exported, export
-from autocompress.front import FrontPoint, ParetoFront
-from autocompress.recipe import Recipe
-from autocompress.search.controller import Progress, profile, resume, search
-from autocompress.search.profile import Profile
-from autocompress.search.sampler import FrontierSampler
-from autocompress.space import SearchSpace
-from autocompress.task import Task
-from autocompress.trial import Workshop
-from autocompress.version import __version__
+import lazy_loader
 
-__all__ = [
-    "Artifact",
-    "AutocompressError",
-    "Evaluation",
-    "Exported",
-    "FrontPoint",
-    "FrontierSampler",
-    "ParetoFront",
-    "Profile",
-    "Progress",
-    "Recipe",
-    "SearchSpace",
-    "Task",
-    "Workshop",
-    "__version__",
-    "evaluate",
-    "export",
-    "load",
-    "profile",
-    "read_artifact",
-    "resume",
-    "search",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -114,8 +114,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Search for the front of size versus accuracy and write its files into a run folder."""
+    from autocompress.agent import controller
     from autocompress.report.live import LiveView
-    from autocompress.search import controller
 
     view = LiveView(err, shown=not (quiet or as_json))
     try:
@@ -227,8 +227,8 @@ def diff(
 
 
 def _front(run: str) -> Any:
+    from autocompress.agent.run_folder import existing_run
     from autocompress.front import FRONT_FILE, ParetoFront
-    from autocompress.search.run_folder import existing_run
 
     folder = existing_run(run)
     if not (folder / FRONT_FILE).is_file():
@@ -267,7 +267,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page: the front, where the bytes of its files go, every trial, how to repeat the run."""
-    from autocompress.search.run_folder import REPORT
+    from autocompress.agent.run_folder import REPORT
 
     front = _front(run)
     try:
@@ -285,7 +285,7 @@ def pick(
     as_json: JsonOption = False,
 ) -> None:
     """Choose one file of a run: the best within --max-size, the smallest above --min-accuracy, or the knee."""
-    from autocompress.artifact import write_file
+    from autocompress.files import write_file
 
     front = _front(run)
     constrained = max_size is not None or min_accuracy is not None
@@ -413,9 +413,9 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Try every choice alone, without training: how much does each layer feel it? A table and a heat map."""
+    from autocompress.agent import controller
     from autocompress.report.plot import check_picture, plot_profile
     from autocompress.report.sensitivity import sensitivity_table
-    from autocompress.search import controller
 
     check_picture(output)
     measured = controller.profile(task, space)

@@ -19,8 +19,9 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.anatomy import Anatomy, read_anatomy
-from autocompress.artifact import pack, read_artifact, unpack, write_file
+from autocompress.artifact import pack, read_artifact, unpack
 from autocompress.compression import Candidate, activation_modules
+from autocompress.files import write_file
 from autocompress.probing import (
     Prober,
     all_effects,

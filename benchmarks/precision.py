@@ -26,9 +26,9 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from autocompress.agent.controller import trained
 from autocompress.compression import Candidate
 from autocompress.recipe import MODEL, Choice, Recipe
-from autocompress.search.controller import trained
 from autocompress.space import BoundSpace
 from autocompress.task import fastest_device, load_task, measure, to_device
 from autocompress.techniques.base import trainings

@@ -23,10 +23,10 @@ import numpy as np
 import optuna
 
 import autocompress as ac
+from autocompress.agent.planner import plan
+from autocompress.agent.sampler import Proposal, distributions
+from autocompress.agent.study import SearchStudy
 from autocompress.anatomy import Anatomy, Layer
-from autocompress.search.planner import plan
-from autocompress.search.sampler import Proposal, distributions
-from autocompress.search.study import SearchStudy
 from autocompress.space import BoundDimension, BoundSpace
 
 RESULTS = Path(__file__).parent / "results" / "proposals.json"

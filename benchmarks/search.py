@@ -42,13 +42,13 @@ from rich.console import Console
 from rich.table import Table
 
 import autocompress as ac
+from autocompress.agent.acquisition import Region
+from autocompress.agent.controller import trained
+from autocompress.agent.forecast import Forecast
+from autocompress.agent.profile_cache import measured_profile
+from autocompress.agent.sampler import Point, distributions
 from autocompress.artifact import load
 from autocompress.front import hypervolume, non_dominated
-from autocompress.search.acquisition import Region
-from autocompress.search.controller import trained
-from autocompress.search.forecast import Forecast
-from autocompress.search.profile_cache import measured_profile
-from autocompress.search.sampler import Point, distributions
 from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
 from autocompress.trial import ARTIFACT

@@ -149,6 +149,22 @@ def test_a_process_of_its_own_exits_the_same(place: Path) -> None:
         assert (alone.returncode, alone.stdout, alone.stderr) == (here.returncode, here.stdout, here.stderr)
 
 
+def test_what_needs_no_torch_does_not_wait_for_it(place: Path) -> None:
+    for command in (["--help"], ["show", "demo"], ["pick", "demo"]):
+        code = f"""
+import sys
+sys.argv = ["autocompress", *{command}]
+from autocompress.cli import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules and "numba" not in sys.modules
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
 def test_version_and_help() -> None:
     assert cli(Path(), "--version").stdout == f"autocompress {__version__}\n"
     for command in ("search", "show", "diff", "plot", "report", "pick", "evaluate", "inspect", "spaces"):

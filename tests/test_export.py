@@ -14,7 +14,7 @@ import autocompress as ac
 from autocompress.artifact import pack
 from autocompress.compression import Candidate
 from autocompress.errors import ExportError
-from autocompress.export import FORMATS as KINDS
+from autocompress.exporting import FORMATS as KINDS
 from autocompress.recipe import Choice, Recipe
 from autocompress.trial import Workshop
 from tests.conftest import small_digits, workshop_of, zoo_task

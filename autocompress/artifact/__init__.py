@@ -1,6 +1,6 @@
 """The file on disk: the truth about size and accuracy."""
 
-from autocompress.artifact.container import Artifact, StoredTensor, read_artifact, write_file
+from autocompress.artifact.container import Artifact, StoredTensor, read_artifact
 from autocompress.artifact.pack import Weights, load, pack, unpack
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "pack",
     "read_artifact",
     "unpack",
-    "write_file",
 ]

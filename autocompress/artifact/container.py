@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -232,23 +230,6 @@ class _Writer:
     def blob(self, data: bytes) -> None:
         self.varint(len(data))
         self.data += data
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write atomically: a killed writer leaves the old file or none. Raises ArtifactError on a full disk."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise ArtifactError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 # -------------------------------------------------------------------------------------- read

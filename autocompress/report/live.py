@@ -12,9 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from autocompress.agent.controller import Progress
 from autocompress.durations import duration
 from autocompress.front import non_dominated
-from autocompress.search.controller import Progress
 from autocompress.sizes import format_size
 
 WIDTH, HEIGHT = 56, 11

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from autocompress.artifact import read_artifact, write_file
+from autocompress.artifact import read_artifact
 from autocompress.errors import RunError
+from autocompress.files import write_file
 from autocompress.front import ParetoFront
 from autocompress.report.inside import Part, parts
 from autocompress.report.plot import plot_front, plot_trials

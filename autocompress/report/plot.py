@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autocompress.agent.profile import Profile
 from autocompress.artifact import Artifact
 from autocompress.errors import TargetError
 from autocompress.front import Base, FrontPoint, ParetoFront
 from autocompress.report.inside import HEADER, VECTORS, parts
 from autocompress.report.trials import Trial
-from autocompress.search.profile import Profile
 from autocompress.sizes import format_size
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from autocompress.search.profile import Profile
+from autocompress.agent.profile import Profile
 
 
 def sensitivity_table(profile: Profile, title: str) -> Table:

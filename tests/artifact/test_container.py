@@ -23,9 +23,9 @@ from autocompress.artifact.container import (
     decoded,
     encode_artifact,
     read_artifact,
-    write_file,
 )
 from autocompress.errors import ArtifactError
+from autocompress.files import write_file
 from autocompress.recipe import Recipe
 from autocompress.tasks.digits import residual_net
 from autocompress.techniques.base import coding_choices, coding_of

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from autocompress.agent.controller import Progress
 from autocompress.durations import duration
 from autocompress.front import Base
 from autocompress.report.live import LiveView, terminal_plot
-from autocompress.search.controller import Progress
 
 POINTS = ((1000, 0.8), (4000, 0.97), (5000, 0.9), (50_000, 0.98))
 

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 
-from autocompress.search.forecast import BytesForecast, Forecast, Step
+from autocompress.agent.forecast import BytesForecast, Forecast, Step
 
 
 def pairs(count: int, noise: float = 0.05) -> list[tuple[Step, float]]:

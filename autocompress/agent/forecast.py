@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autocompress.agent.profile import Floats
 from autocompress.recipe import Choice
-from autocompress.search.profile import Floats
 
 Pair = tuple[Mapping[str, Choice], Mapping[str, Choice], float]
 _BELIEF = (0.0, 0.3, 0.2, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.1, -0.07)

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 import autocompress as ac
+from autocompress.agent import controller
+from autocompress.agent.run_folder import create_run, existing_run
+from autocompress.agent.sampler import FrontierSampler
 from autocompress.errors import RunError, TargetError
-from autocompress.search import controller
-from autocompress.search.run_folder import create_run, existing_run
-from autocompress.search.sampler import FrontierSampler
 from tests import mini
 from tests.conftest import small_digits
 

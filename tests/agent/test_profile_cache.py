@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autocompress import probing
-from autocompress.search.profile_cache import measured_profile
+from autocompress.agent.profile_cache import measured_profile
 from autocompress.space import SearchSpace
 from autocompress.task import Task
 from autocompress.trial import Workshop

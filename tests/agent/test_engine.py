@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.search.engine import start_ray
+from autocompress.agent.engine import start_ray
 
 
 def listening_elsewhere() -> set[str]:

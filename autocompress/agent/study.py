@@ -17,9 +17,9 @@ from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.agent.journal import Journal
+from autocompress.agent.sampler import FrontierSampler, Proposal, distributions
 from autocompress.errors import RunError
-from autocompress.search.journal import Journal
-from autocompress.search.sampler import FrontierSampler, Proposal, distributions
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
 

@@ -20,29 +20,22 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import autocompress.techniques  # noqa: F401  (registers the techniques)
-from autocompress.artifact import write_file
+from autocompress.agent import engine
+from autocompress.agent.pace import Pace
+from autocompress.agent.payload import payload
+from autocompress.agent.profile import Profile
+from autocompress.agent.profile_cache import measured_profile
+from autocompress.agent.results import Results
+from autocompress.agent.run_config import read_config, write_config
+from autocompress.agent.run_folder import BASE, LOG, PROFILE, create_run, existing_run
+from autocompress.agent.sampler import FrontierSampler
+from autocompress.agent.samplers import check_sampler, make_sampler
+from autocompress.agent.scheduler import is_dominated
+from autocompress.agent.study import JOURNAL, SearchStudy
 from autocompress.durations import parse_duration
 from autocompress.errors import RunError, TargetError
+from autocompress.files import write_file
 from autocompress.front import Base, ParetoFront
-from autocompress.search import engine
-from autocompress.search.pace import Pace
-from autocompress.search.payload import payload
-from autocompress.search.profile import Profile
-from autocompress.search.profile_cache import measured_profile
-from autocompress.search.results import Results
-from autocompress.search.run_folder import (
-    BASE,
-    LOG,
-    PROFILE,
-    create_run,
-    existing_run,
-    read_config,
-    write_config,
-)
-from autocompress.search.sampler import FrontierSampler
-from autocompress.search.samplers import check_sampler, make_sampler
-from autocompress.search.scheduler import is_dominated
-from autocompress.search.study import JOURNAL, SearchStudy
 from autocompress.sizes import format_size, parse_size
 from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors

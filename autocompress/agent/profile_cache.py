@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import autocompress
-from autocompress.artifact import write_file
+from autocompress.files import write_file
 from autocompress.surgery import tensors
 from autocompress.trial import Workshop
 

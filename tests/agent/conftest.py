@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from autocompress.agent.profile import Profile
+from autocompress.agent.study import SearchStudy
 from autocompress.recipe import Recipe
-from autocompress.search.profile import Profile
-from autocompress.search.study import SearchStudy
 from autocompress.space import SearchSpace
 from autocompress.trial import TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
+from autocompress.agent.profile import Profile
+from autocompress.agent.sampler import FrontierSampler
 from autocompress.errors import SamplerError, near_misses
-from autocompress.search.profile import Profile
-from autocompress.search.sampler import FrontierSampler
 
 NAMES = ("frontier", "tpe", "nsga2", "gp", "random")
 

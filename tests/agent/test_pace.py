@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from autocompress.search.pace import Pace
+from autocompress.agent.pace import Pace
 
 
 def test_what_fits_follows_the_pace_and_no_trial_begins_that_would_end_late(monkeypatch: pytest.MonkeyPatch) -> None:

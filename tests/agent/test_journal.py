@@ -9,11 +9,11 @@ import optuna
 import pytest
 from optuna.storages import JournalStorage
 
-from autocompress.search.journal import Journal
-from autocompress.search.profile import Profile
-from autocompress.search.study import JOURNAL
-from tests.search.conftest import Outcome, drive
-from tests.search.test_study import study_of
+from autocompress.agent.journal import Journal
+from autocompress.agent.profile import Profile
+from autocompress.agent.study import JOURNAL
+from tests.agent.conftest import Outcome, drive
+from tests.agent.test_study import study_of
 
 
 def study_in(path: Path) -> tuple[Journal, optuna.Study]:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autocompress.agent.profile import Floats, Profile
 from autocompress.recipe import Choice
-from autocompress.search.profile import Floats, Profile
 
 Effects = Mapping[str, Mapping[str, float]]
 Allowed = Mapping[str, tuple[Choice, ...]]

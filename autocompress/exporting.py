@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from autocompress.artifact import load, write_file
+from autocompress.artifact import load
 from autocompress.errors import AutocompressError, ExportError
+from autocompress.files import write_file
 from autocompress.task import Task, batch_size, load_task, measure
 
 

@@ -13,8 +13,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 import autocompress as ac
+from autocompress.agent import engine
 from autocompress.errors import RunError
-from autocompress.search import engine
 from tests import mini
 
 NODE = {"num_cpus": 1, "node_ip_address": engine.LOOPBACK, "object_store_memory": 100 * 2**20}

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
+from autocompress.agent.profile import Profile
+from autocompress.agent.samplers import make_sampler
+from autocompress.agent.scheduler import is_dominated
+from autocompress.agent.study import SearchStudy
 from autocompress.errors import RunError
-from autocompress.search.profile import Profile
-from autocompress.search.samplers import make_sampler
-from autocompress.search.scheduler import is_dominated
-from autocompress.search.study import SearchStudy
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult
-from tests.search.conftest import BASE_ACCURACY, Outcome, drive
+from tests.agent.conftest import BASE_ACCURACY, Outcome, drive
 
 
 def study_of(folder: Path, profile: Profile, budget: int = 8) -> SearchStudy:

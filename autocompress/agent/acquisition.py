@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
+from autocompress.agent.profile import Floats
 from autocompress.front import non_dominated
-from autocompress.search.profile import Floats
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.agent.acquisition import Region, expected_improvement
+from autocompress.agent.forecast import MOVES, BytesForecast, Forecast, Step
+from autocompress.agent.planner import plan
+from autocompress.agent.profile import Profile
+from autocompress.agent.race import RACE, Race, has_learning_rates
 from autocompress.errors import SamplerError
 from autocompress.front import non_dominated
 from autocompress.recipe import Choice
-from autocompress.search.acquisition import Region, expected_improvement
-from autocompress.search.forecast import MOVES, BytesForecast, Forecast, Step
-from autocompress.search.planner import plan
-from autocompress.search.profile import Profile
-from autocompress.search.race import RACE, Race, has_learning_rates
 from autocompress.space import BoundSpace, without_void
 from autocompress.techniques.base import structures, trainings
 

@@ -226,7 +226,7 @@ def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpu
     """
     from ray import tune
 
-    from autocompress.search.tuning import Proposals, Rungs, TrialWorker
+    from autocompress.agent.tuning import Proposals, Rungs, TrialWorker
 
     numbers: dict[str, int] = {}
     trainable = tune.with_resources(

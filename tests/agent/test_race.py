@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from autocompress.agent.profile import Profile
+from autocompress.agent.race import RACE
+from autocompress.agent.sampler import FrontierSampler
+from autocompress.agent.study import SearchStudy
 from autocompress.recipe import Recipe
-from autocompress.search.profile import Profile
-from autocompress.search.race import RACE
-from autocompress.search.sampler import FrontierSampler
-from autocompress.search.study import SearchStudy
 from autocompress.trial import TrialResult, TrialSpec
-from tests.search.conftest import BASE_ACCURACY, Outcome
+from tests.agent.conftest import BASE_ACCURACY, Outcome
 
 KEY = "model:learning_rate"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autocompress.search.study import SearchStudy
+from autocompress.agent.study import SearchStudy
 from autocompress.trial import Rung
 
 _SMALLER, _BETTER = 0.85, 0.04

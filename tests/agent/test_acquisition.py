@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autocompress.agent.acquisition import Region, expected_improvement
 from autocompress.front import hypervolume
-from autocompress.search.acquisition import Region, expected_improvement
 
 REGION = Region(1e-3, 1e6, 0.85, 1.0)
 points = st.tuples(st.floats(10, 9e5), st.floats(0.5, 0.999))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.artifact import load, write_file
+from autocompress.agent.run_folder import REPORT
+from autocompress.agent.study import SearchStudy
+from autocompress.artifact import load
 from autocompress.errors import RunError
+from autocompress.files import write_file
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
-from autocompress.search.run_folder import REPORT
-from autocompress.search.study import SearchStudy
 from autocompress.task import measure
 from autocompress.trial import ARTIFACT, CHECKPOINT, RECIPE, Workshop
 

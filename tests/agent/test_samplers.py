@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from autocompress.agent.profile import Profile
+from autocompress.agent.samplers import NAMES, check_sampler, make_sampler
+from autocompress.agent.study import SearchStudy
 from autocompress.errors import SamplerError
 from autocompress.front import hypervolume
 from autocompress.recipe import Recipe
-from autocompress.search.profile import Profile
-from autocompress.search.samplers import NAMES, check_sampler, make_sampler
-from autocompress.search.study import SearchStudy
 from autocompress.trial import TrialResult, TrialSpec
-from tests.search.conftest import BASE_ACCURACY, Outcome, drive, folder_of
+from tests.agent.conftest import BASE_ACCURACY, Outcome, drive, folder_of
 
 
 def study_of(folder: Path, profile: Profile, name: str, budget: int = 24, **constraints: Any) -> SearchStudy:

@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from autocompress.search.engine import Supply
+from autocompress.agent.engine import Supply
 from autocompress.trial import Rung, TrialResult, TrialSpec
 
 

@@ -1,0 +1,39 @@
+from . import techniques as techniques
+from .agent.controller import Progress, profile, resume, search
+from .agent.profile import Profile
+from .agent.sampler import FrontierSampler
+from .artifact import Artifact, load, read_artifact
+from .errors import AutocompressError
+from .evaluation import Evaluation, evaluate
+from .exporting import Exported, export
+from .front import FrontPoint, ParetoFront
+from .recipe import Recipe
+from .space import SearchSpace
+from .task import Task
+from .trial import Workshop
+from .version import __version__
+
+__all__ = [
+    "Artifact",
+    "AutocompressError",
+    "Evaluation",
+    "Exported",
+    "FrontPoint",
+    "FrontierSampler",
+    "ParetoFront",
+    "Profile",
+    "Progress",
+    "Recipe",
+    "SearchSpace",
+    "Task",
+    "Workshop",
+    "__version__",
+    "evaluate",
+    "export",
+    "load",
+    "profile",
+    "read_artifact",
+    "resume",
+    "search",
+    "techniques",
+]
