@@ -160,14 +160,19 @@ def search(
             highlight=False,
             soft_wrap=True,
         )
-        if max_size is not None or min_accuracy is not None:
-            _print_asked(front, max_size, min_accuracy)
+        _print_asked(front)
 
 
-def _print_asked(front: ParetoFront, max_size: str | None, min_accuracy: float | None) -> None:
-    """The file that the search was for."""
+def _print_asked(front: ParetoFront) -> None:
+    """The file that the search was for, if it was told a size or an accuracy."""
+    from autocompress.agent.run_config import read_config
+
+    _, settings = read_config(front.folder)
+    asked = settings["max_size_bytes"], settings["min_accuracy"]
+    if asked == (None, None):
+        return
     try:
-        path = front.best(max_size, min_accuracy).path
+        path = front.best(*asked).path
     except TargetError as missed:
         err.print(str(missed), style="yellow", highlight=False, soft_wrap=True)
     else:

@@ -141,6 +141,8 @@ def test_resume_with_a_larger_budget(place: Path) -> None:
     assert printed.pop("run") == "runs/demo"
     assert printed == front_of(place)
     assert len(list((place / "runs" / "demo" / "trials").iterdir())) == 7
+    again = process(place, "search", "--resume", "demo")
+    assert (place / str(re.search(r"asked for: +(\S+)", again.stdout)[1])).is_file()
 
 
 def test_a_process_of_its_own_exits_the_same(place: Path) -> None:
