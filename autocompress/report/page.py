@@ -22,6 +22,8 @@ from autocompress.sizes import format_size
 
 _CLOSE = 0.01
 """Accuracy that a file may lose and still be told of as close to the original."""
+_COLUMNS = 12
+"""Files of the front, spread over it, whose bytes are shown layer by layer: each has to be decoded."""
 
 
 def write_page(front: ParetoFront, path: Path) -> Path:
@@ -32,7 +34,8 @@ def write_page(front: ParetoFront, path: Path) -> Path:
     if not front.points:
         raise RunError(f"run {str(front.folder)!r} has no finished trial yet: there is nothing to report")
     members = list(reversed(front.points))
-    inside = [{part.name: part for part in parts(read_artifact(member.path))} for member in members]
+    columns = [members[i] for i in sorted({i * (len(members) - 1) // (_COLUMNS - 1) for i in range(_COLUMNS)})]
+    inside = [{part.name: part for part in parts(read_artifact(member.path))} for member in columns]
     layers = list(dict.fromkeys(name for file in inside for name in file))
     layers.sort(key=lambda name: all(not file[name].shape for file in inside if name in file))
     trials = read_trials(front.folder)
@@ -43,6 +46,7 @@ def write_page(front: ParetoFront, path: Path) -> Path:
     page = environment.get_template("page.html").render(
         front=front,
         members=members,
+        columns=columns,
         notable=[member for member in members if member in (*close[-1:], front.knee())],
         link=lambda member: Path(os.path.relpath(member.path, path.parent)).as_posix(),
         layers=[(name, [file.get(name) for file in inside]) for name in layers],

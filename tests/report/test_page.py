@@ -53,6 +53,15 @@ def test_links_lead_to_the_files_from_anywhere(front: ac.ParetoFront, tmp_path: 
     assert [(page.parent / link).resolve() for link in links] == [p.path.resolve() for p in reversed(front.points)]
 
 
+def test_a_long_front_shows_the_bytes_of_some_of_its_files(front: ac.ParetoFront, tmp_path: Path) -> None:
+    points = tuple(replace(front.points[0], size_bytes=1000 + i, val_accuracy=0.01 * i) for i in range(40))
+    page = replace(front, points=points).report(tmp_path / "page.html").read_text()
+    heads = page.split("bytes of<th>")[1].split("</thead>")[0].split("<th>")
+    assert len(heads) == 12
+    assert (heads[0], heads[-1]) == ("1.04 KB", "1 KB")
+    assert page.count("model.acz</a>") == 40
+
+
 def test_names_are_text(front: ac.ParetoFront, tmp_path: Path) -> None:
     named = replace(front, task="<script>alert(1)</script>")
     page = named.report(tmp_path / "page.html").read_text()
