@@ -115,6 +115,7 @@ def search(
 ) -> None:
     """Search for the front of size versus accuracy and write its files into a run folder."""
     from autocompress.agent import controller
+    from autocompress.agent.run_folder import REPORT
     from autocompress.report.live import LiveView
 
     view = LiveView(err, shown=not (quiet or as_json))
@@ -156,7 +157,7 @@ def search(
         _print_front(front)
         out.print(
             f"run folder: {front.folder}\npicture:    {front.folder / 'front.png'}\n"
-            f"report:     {front.folder / 'report.html'}",
+            f"report:     {front.folder / REPORT}",
             highlight=False,
             soft_wrap=True,
         )
@@ -180,10 +181,10 @@ def _print_asked(front: ParetoFront) -> None:
 
 
 def _print_front(front: ParetoFront) -> None:
-    from autocompress.report.table import honesty
+    from autocompress.report.table import overfitting_sentence
 
     out.print(front.table())
-    if measured := honesty(front):
+    if measured := overfitting_sentence(front):
         out.print(measured, highlight=False, soft_wrap=True)
 
 
@@ -275,10 +276,7 @@ def report(
     from autocompress.agent.run_folder import REPORT
 
     front = _front(run)
-    try:
-        sys.stdout.write(f"{front.report(output or front.folder / REPORT)}\n")
-    except OSError as error:
-        raise TargetError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
+    sys.stdout.write(f"{front.report(output or front.folder / REPORT)}\n")
 
 
 @app.command()

@@ -24,7 +24,7 @@ import optuna
 
 import autocompress as ac
 from autocompress.agent.planner import plan
-from autocompress.agent.sampler import Proposal, distributions
+from autocompress.agent.sampler import distributions
 from autocompress.agent.study import SearchStudy
 from autocompress.anatomy import Anatomy, Layer
 from autocompress.space import BoundDimension, BoundSpace
@@ -61,7 +61,7 @@ class _Timed(ac.FrontierSampler):
 
     seconds = 0.0
 
-    def next(self, study: optuna.Study, number: int) -> Proposal:
+    def next(self, study: optuna.Study, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         began = time.perf_counter()
         try:
             return super().next(study, number)

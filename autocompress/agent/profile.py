@@ -98,7 +98,7 @@ class Profile:
             self.table[at, : len(row)] = row
         each = np.arange(self.table.shape[1])
         self.own = {key: Own(row, stride, each // stride % len(self.places[key])) for key, row, stride in strides}
-        self._rows = [own.row for own in self.own.values()]
+        self._rows = np.array([own.row for own in self.own.values()], np.intp)
         self.scalers = {
             key: Scaler(np.array(list(known)), np.maximum(np.stack(list(known.values()), 1), _LEAST))
             for key, known in factors.items()

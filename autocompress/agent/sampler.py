@@ -171,18 +171,17 @@ class FrontierSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        proposal = self.next(study, trial.number)
-        assert proposal.chosen is not None
-        for name, value in proposal.attributes().items():
+        chosen, attributes = self.next(study, trial.number)
+        for name, value in attributes.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
             trial.set_user_attr(name, value)  # what the objective sees was read before
-        return {key: proposal.chosen[key] for key in search_space}
+        return {key: chosen[key] for key in search_space}
 
     # ------------------------------------------------------------ proposals
 
-    def next(self, study: Study, number: int) -> Proposal:
-        """What trial `number` of the study, which need not be there yet, should try. Raises SamplerError when the
-        study is not one of bytes and accuracy."""
+    def next(self, study: Study, number: int) -> tuple[dict[str, Choice], dict[str, Any]]:
+        """(choices, user attributes) of trial `number` of the study, which need not be there yet. Raises SamplerError
+        when the study is not one of bytes and accuracy."""
         if study.directions != [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]:
             raise SamplerError(
                 "this sampler needs a study of two objectives, bytes and accuracy: "
@@ -198,7 +197,9 @@ class FrontierSampler(BaseSampler):
             self.race.note([t for t in trials if t.number != number])
         done = [self._points[known] for known in sorted(self._points)]
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != number]
-        return self.propose(done, running, number, random.Random(f"{self.seed} {number}"))
+        proposal = self.propose(done, running, number, random.Random(f"{self.seed} {number}"))
+        assert proposal.chosen is not None
+        return proposal.chosen, proposal.attributes()
 
     def propose(
         self, done: Sequence[Point], running: Sequence[FrozenTrial], number: int, rng: random.Random

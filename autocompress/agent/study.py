@@ -18,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.agent.journal import Journal
-from autocompress.agent.sampler import FrontierSampler, Proposal, distributions
+from autocompress.agent.sampler import FrontierSampler, distributions
 from autocompress.errors import RunError
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
@@ -97,24 +97,23 @@ class SearchStudy:
         sampler = self.study.sampler
         with self._journal.at_once():
             if isinstance(sampler, FrontierSampler) and not self.trials(TrialState.WAITING):
-                number = self._record(sampler.next(self.study, len(self.trials())))
+                number = len(self.trials())
+                self._record(*sampler.next(self.study, number))
             else:
                 number = self.study.ask(self._distributions).number
         trial = self.get(number)
         return TrialSpec(number, self.space.recipe(trial.params).to_json(), trial.user_attrs.get("parent"))
 
-    def _record(self, proposal: Proposal) -> int:
-        """The number of its trial. A whole recipe is one line of the journal; Optuna writes one for each parameter."""
-        assert proposal.chosen is not None
+    def _record(self, chosen: dict[str, Any], attributes: dict[str, Any]) -> None:
+        """A whole recipe is one line of the journal; Optuna writes one for each parameter that it suggests."""
         self.study.add_trial(
             optuna.create_trial(
                 state=TrialState.RUNNING,
-                params=proposal.chosen,
+                params=chosen,
                 distributions=self._distributions,
-                user_attrs=proposal.attributes(),
+                user_attrs=attributes,
             )
         )
-        return len(self.trials()) - 1
 
     def tell(self, number: int, result: TrialResult) -> None:
         """Record a finished trial; telling twice is the same as once."""

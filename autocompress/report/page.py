@@ -10,13 +10,14 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
+from autocompress.agent.run_folder import CONFIG
 from autocompress.artifact import read_artifact
 from autocompress.errors import RunError
 from autocompress.files import write_file
 from autocompress.front import ParetoFront
 from autocompress.report.inside import Part, parts
 from autocompress.report.plot import plot_front, plot_trials
-from autocompress.report.table import honesty
+from autocompress.report.table import overfitting_sentence
 from autocompress.report.trials import read_trials
 from autocompress.sizes import format_size
 
@@ -39,7 +40,7 @@ def write_page(front: ParetoFront, path: Path) -> Path:
     layers = list(dict.fromkeys(name for file in inside for name in file))
     layers.sort(key=lambda name: all(not file[name].shape for file in inside if name in file))
     trials = read_trials(front.folder)
-    config = front.folder / "config.yaml"
+    config = front.folder / CONFIG
     close = [member for member in members if member.val_accuracy >= front.base.val_accuracy - _CLOSE]
     environment = Environment(loader=PackageLoader("autocompress", "report"), autoescape=True, trim_blocks=True)
     environment.filters |= {"bytes": "{:,}".format, "share": "{:.2%}".format, "short": format_size}
@@ -52,7 +53,7 @@ def write_page(front: ParetoFront, path: Path) -> Path:
         layers=[(name, [file.get(name) for file in inside]) for name in layers],
         shade=_shade([part for file in inside for part in file.values()]),
         tell=_tell,
-        honesty=honesty(front),
+        overfitting=overfitting_sentence(front),
         trials=trials,
         hours=sum(trial.seconds for trial in trials) / 3600,
         pictures=[_svg(lambda at: plot_front(front, at)), _svg(lambda at: plot_trials(front, trials, at))],

@@ -39,7 +39,7 @@ def front_table(front: ParetoFront) -> Table:
     return table
 
 
-def honesty(front: ParetoFront) -> str:
+def overfitting_sentence(front: ParetoFront) -> str:
     """How much the search has fitted the validation split, in a sentence; empty before the test."""
     gap = front.overfitting()
     if math.isnan(gap):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autocompress.errors import RunError
+from autocompress.trial import METRICS
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Trial:
 def read_trials(folder: Path) -> list[Trial]:
     """In the order of their numbers. Raises RunError for one that cannot be read."""
     trials = []
-    for path in (folder / "trials").glob("*/metrics.json"):
+    for path in (folder / "trials").glob(f"*/{METRICS}"):
         try:
             told = json.loads(path.read_text())
             known = (told[name] for name in ("size_bytes", "val_accuracy", "parent", "seconds"))
