@@ -272,7 +272,7 @@ class ChannelGraph:
             makers = [dep.target.module for dep, _ in group if self._makes(dep)]
             named = sorted((self.names.get(id(m), "") for m in makers), key=list(self.names.values()).index)
             name = named[0] if named else self.names.get(id(group[0].dep.target.module), "?")
-            reason = self._why_not(group)
+            reason = self._why_not(group, name)
             if reason:
                 self.refused[name] = reason
             else:
@@ -288,16 +288,17 @@ class ChannelGraph:
             self._graph.is_out_channel_pruning_fn(dep.handler)
         )
 
-    def _why_not(self, group: Any) -> str:
+    def _why_not(self, group: Any, name: str) -> str:
         for dep, _ in group:
             module = dep.target.module
             if type(module).__module__.startswith("torch_pruning"):
                 continue
+            through = self.names.get(id(module), "a parameter")
             if id(module) in self._tied:
-                return "shares a weight with another layer"
+                shares = "shares a weight with another layer"
+                return shares if through == name else f"its channels pass through {through}, which {shares}"
             if not isinstance(module, nn.Module) or not resizable(module):
-                kind = type(module).__name__
-                return f"its channels pass through {self.names.get(id(module), 'a parameter')} ({kind})"
+                return f"its channels pass through {through} ({type(module).__name__})"
         return ""
 
     def channels(self, name: str) -> int:

@@ -50,3 +50,8 @@ def near_misses(name: str, known: Iterable[str]) -> str:
         return "; did you mean " + " or ".join(repr(option) for option in close) + "?"
     listed = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
     return f"; choose one of: {listed}" if options else ""
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong in someone else's code: its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more is told'])[0]}"

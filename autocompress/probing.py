@@ -18,6 +18,7 @@ from autocompress.artifact.codes import write_codes
 from autocompress.artifact.container import Codes, Plan, decode_artifact, decoded, encode_artifact
 from autocompress.artifact.pack import fold_norms, plans, unfold_norms
 from autocompress.compression import Candidate, ShadowedLayer, counted
+from autocompress.divergence import divergence
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names
@@ -25,7 +26,6 @@ from autocompress.space import BoundSpace, without_void
 from autocompress.surgery import assign
 from autocompress.task import Task, batch_size
 from autocompress.techniques.base import coding_of, maskings, structures, trainings
-from autocompress.training import divergence
 
 SAMPLE = 4096
 """Weights of a layer that are coded to predict its bytes; larger layers are scaled up."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.errors import AutocompressError, TaskError, near_misses
+from autocompress.errors import AutocompressError, TaskError, in_words, near_misses
 
 Batch = Any
 """`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`)."""
@@ -64,7 +64,7 @@ class Task:
         except AutocompressError:
             raise
         except Exception as error:
-            raise TaskError(f"task {self.name!r}: building the model failed: {error!r}") from error
+            raise TaskError(f"task {self.name!r}: building the model failed: {in_words(error)}") from error
         if not isinstance(model, nn.Module):
             raise TaskError(
                 f"task {self.name!r}: the model function must return an nn.Module, got {type(model).__name__}"
@@ -133,11 +133,15 @@ class Calibration:
 
     def __call__(self, model: nn.Module) -> Any:
         """The model's output on the first batch."""
-        return self.task.run(model, self.batches[0])[0]
+        return self.run(model)[0]
+
+    def run(self, model: nn.Module) -> tuple[Any, Any]:
+        """The model's output on the first batch, and the target."""
+        return self.task.run(model, self.batches[0])
 
     def loss(self, model: nn.Module) -> Tensor:
         """The task's loss on the first batch, a scalar with a gradient."""
-        return self.task.loss(*self.task.run(model, self.batches[0]))
+        return self.task.loss(*self.run(model))
 
 
 @torch.no_grad()
@@ -179,22 +183,23 @@ def fastest_device() -> str:
 def check_task(task: Task, model: nn.Module) -> None:
     """One loss on one training batch and one metric on one batch of each split, or a TaskError."""
     for split in ("train", "val", "test"):
-        for batch in task.batches(split):
-            try:
-                with torch.no_grad():
-                    output, target = task.run(model, to_device(batch, device_of(model)))
-                    loss = task.loss(output, target)
-                    task.metric(output, target)
-            except AutocompressError:
-                raise
-            except Exception as error:
-                raise TaskError(f"task {task.name!r}: a batch of the {split} split does not run: {error}") from error
-            if not bool(torch.isfinite(loss).all()):
-                raise TaskError(
-                    f"task {task.name!r}: the loss on the {split} split is {float(loss):g}; it must be finite: "
-                    "check the inputs and the model's weights"
-                )
-            break
+        try:
+            batch = to_device(next(task.batches(split)), device_of(model))
+            with torch.no_grad():
+                output, target = task.run(model, batch)
+                loss = task.loss(output, target)
+                task.metric(output, target)
+        except AutocompressError:
+            raise
+        except Exception as error:
+            raise TaskError(
+                f"task {task.name!r}: a batch of the {split} split does not run: {in_words(error)}"
+            ) from error
+        if not bool(torch.isfinite(loss).all()):
+            raise TaskError(
+                f"task {task.name!r}: the loss on the {split} split is {float(loss):g}; it must be finite: "
+                "check the inputs and the model's weights"
+            )
 
 
 def load_task(name: str) -> Task:
@@ -223,7 +228,7 @@ def load_task(name: str) -> Task:
             f"task {name!r}: there is no module {module_name!r} in the current folder or on PYTHONPATH"
         ) from error
     except Exception as error:
-        raise TaskError(f"task {name!r}: importing {module_name!r} failed: {error!r}") from error
+        raise TaskError(f"task {name!r}: importing {module_name!r} failed: {in_words(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise TaskError(
@@ -234,7 +239,7 @@ def load_task(name: str) -> Task:
     except AutocompressError:
         raise
     except Exception as error:
-        raise TaskError(f"task {name!r}: calling it failed: {error!r}") from error
+        raise TaskError(f"task {name!r}: calling it failed: {in_words(error)}") from error
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} must return an autocompress.Task, got {type(task).__name__}")
     task.name = name

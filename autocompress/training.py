@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.compression import Candidate, ShadowedLayer
+from autocompress.divergence import divergence
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice
@@ -35,32 +36,6 @@ _SETTLE, _CALIBRATE = 0.8, 0.9
 _CURVATURE_BATCHES = 8
 _LOSS_SCALE = 1024.0
 """At first, of float16: torch's own, 64 times this, overflows in the first steps of a broken model and skips them."""
-
-
-def divergence(student: Any, teacher: Any, target: Any = None, temperature: float = 1.0) -> Tensor:
-    """How far outputs are from the original model's, a scalar tensor.
-
-    KL divergence over dimension 1 where targets are class indices (Hinton et al., 2015), else squared
-    error relative to the variance of the teacher's output. Tuples, lists and dicts are averaged.
-    """
-    if isinstance(student, Tensor):
-        if not student.is_floating_point():
-            return torch.zeros(())
-        student, teacher = student.float(), teacher.float()
-        classes = isinstance(target, Tensor) and not target.is_floating_point() and student.ndim >= 2
-        if classes and student.shape[1] > 1:
-            p = (teacher / temperature).log_softmax(1)
-            q = (student / temperature).log_softmax(1)
-            return torch.mul((p.exp() * (p - q)).sum(1).mean(), temperature**2)
-        return torch.div((student - teacher).square().mean(), teacher.var().clamp_min(1e-6))
-    if isinstance(student, Mapping):
-        pairs = [(student[key], teacher[key]) for key in student]
-    elif isinstance(student, (tuple, list)):
-        pairs = list(zip(student, teacher, strict=True))
-    else:
-        return torch.zeros(())
-    parts = [divergence(s, t, target, temperature) for s, t in pairs if isinstance(s, (Tensor, tuple, list, Mapping))]
-    return torch.stack(parts).mean() if parts else torch.zeros(())
 
 
 def fine_tune(

@@ -12,13 +12,14 @@ from torch import nn
 
 from autocompress.artifact import load, pack
 from autocompress.compression import Candidate
+from autocompress.divergence import class_dimension, divergence
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
 from autocompress.recipe import Recipe
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
 from autocompress.techniques.base import IntegerCoding
-from autocompress.training import divergence, fine_tune
+from autocompress.training import fine_tune
 from autocompress.trial import CHECKPOINT, METRICS, Rung, TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits, workshop_of, zoo_task
 
@@ -150,6 +151,31 @@ def test_divergence_is_torchs_kl_divergence() -> None:
     torch.testing.assert_close(divergence(student, teacher, target, 2.0), 4 * expected)
     assert float(divergence({"a": student}, {"a": student}, target)) == pytest.approx(0, abs=1e-6)
     assert float(divergence((student, "x"), (student, "x"), None)) == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "classes"),
+    [
+        ((8, 10), (8,), 1),  # a classifier
+        ((8, 5, 12, 10), (8, 12, 10), 1),  # segmentation, as torch has it
+        ((8, 12, 65), (8, 12), 2),  # a language model
+        ((8, 12, 65), (96,), 2),
+        ((8, 12, 12), (8, 12), 1),
+        ((8, 1), (8,), None),
+    ],
+)
+def test_classes_are_where_the_target_has_no_dimension(
+    output: tuple[int, ...], target: tuple[int, ...], classes: int | None
+) -> None:
+    assert class_dimension(torch.randn(output), torch.zeros(target, dtype=torch.int64)) == classes
+    assert class_dimension(torch.randn(output), torch.zeros(target)) is None
+
+
+def test_divergence_of_a_language_model_is_over_its_tokens() -> None:
+    student, teacher = torch.randn(4, 6, 9), torch.randn(4, 6, 9)
+    target = torch.randint(9, (4, 6))
+    flat = divergence(student.flatten(0, 1), teacher.flatten(0, 1), target.flatten())
+    torch.testing.assert_close(divergence(student, teacher, target), flat)
 
 
 def test_a_trial_leaves_its_files_and_a_child_starts_from_them(tmp_path: Path) -> None:

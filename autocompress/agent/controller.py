@@ -49,6 +49,8 @@ WORTH_WORKERS = 10
 """Seconds that a profile takes at least, for workers to be started to measure it."""
 MAX_FRUITLESS = 3
 """Tune runs in a row that may end without a finished trial before the search gives up."""
+HOPELESS = 8
+"""Trials that may fail, before any has finished, before the search gives up."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ class Controller:
         self.study: SearchStudy | None = None
         self.ray: engine.Connection | None = None
         self.refused: Exception | None = None
+        self.failures = 0
         self.log = _open_log(folder)
         self.base: Base | None = None
         try:
@@ -340,7 +343,7 @@ class Controller:
         self._start_ray()
         fruitless = 0
         self.pace.start(self.study.finished())
-        while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._late():
+        while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._over():
             before = len(self.study.complete())
             with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._scratch()) as scratch:
                 engine.run_trials(sent, self, _MANY, min(self.workers, remaining), self.gpus, Path(scratch))
@@ -355,12 +358,13 @@ class Controller:
         assert self.ray is not None
         return self.ray.folder or self.folder
 
-    def _late(self) -> bool:
-        """Whether time is up; the first trial runs in any case."""
+    def _over(self) -> bool:
+        """Whether time is up, though the first trial runs in any case, or whatever is tried fails."""
         assert self.study is not None
-        return bool(self.study.trials()) and self.pace.late(
-            [float(trial.user_attrs["seconds"]) for trial in self.study.complete()]
-        )
+        complete = self.study.complete()
+        if not complete and self.failures >= HOPELESS:
+            return True
+        return bool(self.study.trials()) and self.pace.late([float(t.user_attrs["seconds"]) for t in complete])
 
     def _keep_pace(self) -> None:
         """With a budget of time alone, that of trials follows."""
@@ -375,7 +379,7 @@ class Controller:
     def next(self) -> TrialSpec | None:
         assert self.study is not None
         try:
-            spec = None if self._late() else self.study.ask()
+            spec = None if self._over() else self.study.ask()
         except Exception as error:  # Ray would call it a lost worker
             self.refused, spec = error, None
         if spec is not None:
@@ -414,6 +418,7 @@ class Controller:
     def failed(self, number: int, reason: str) -> None:
         assert self.study is not None
         self.study.fail(number, reason)
+        self.failures += 1
         write_file(self.workshop.trial_folder(number) / "error.txt", reason.encode())
         self.log.warning("trial %d failed: %s", number, reason.strip().splitlines()[-1])
         self._tell("searching")

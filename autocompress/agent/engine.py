@@ -23,9 +23,10 @@ from autocompress.errors import RunError
 from autocompress.trial import Rung, TrialResult, TrialSpec
 from autocompress.version import __version__
 
-_SILENCE = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by names that are relative to the current folder
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -79,7 +80,7 @@ class Connection:
 
 def start_ray(workers: int) -> Connection:
     """A private Ray on loopback, silent, for so many workers."""
-    os.environ.update(_SILENCE)
+    os.environ.update(_SETTINGS)
     folder = Path(tempfile.mkdtemp(prefix="acz-", dir="/tmp" if Path("/tmp").is_dir() else None))
     token = folder / "token"
     token.touch(0o600)
@@ -113,7 +114,7 @@ def join_ray(address: str, sample: Path) -> Connection:
     node of it lacks the file or this version of autocompress.
     """
     _check_address(address)
-    os.environ.update(_SILENCE)
+    os.environ.update(_SETTINGS)
     import ray
 
     connection = Connection(shared=ray.is_initialized())

@@ -9,7 +9,7 @@ output distribution without the channel (Luo and Wu, 2020). `taylor`: first-orde
 (Molchanov et al., CVPR 2019). `gates`: hard-concrete gates on the channels are trained for a few steps with a price
 on open ones (Louizos et al., L0 regularisation, ICLR 2018); what closes first goes first. `random`: the control.
 
-Not for layers: it ranks channels. `taylor`, `gates` and `kl` need the outputs of a calibration batch to be tensors.
+Not for layers: it ranks channels. `taylor` and `gates` need the outputs of a calibration batch to be tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from autocompress.anatomy import ChannelGraph
+from autocompress.divergence import divergence
 from autocompress.errors import SpaceError
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import Choice
@@ -83,13 +84,11 @@ def _activation(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
 def _kl(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
     """Divergence of the output when the makers' channel is silent, one channel at a time."""
     makers = graph.makers(group)
-    reference = _flat(run(graph.model))
+    reference, target = run.run(graph.model)
     rise = []
     for channel in range(graph.channels(group)):
         with forward_hooks((maker, _silence(channel)) for maker in makers):
-            output = _flat(run(graph.model))
-        p, q = reference.log_softmax(1), output.log_softmax(1)
-        rise.append((p.exp() * (p - q)).sum(1).mean())
+            rise.append(divergence(run(graph.model), reference, target))
     return torch.stack(rise)
 
 
@@ -147,13 +146,6 @@ def _silence(channel: int) -> Hook:
 def _channel_dimension(module: nn.Module, output: Tensor) -> int:
     """Linear layers have channels last, convolutions before their places."""
     return output.ndim - 1 - (len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0)
-
-
-def _flat(output: Any) -> Tensor:
-    """The first tensor of an output as [samples, values]."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else output))
-    return output.detach().float().flatten(1) if output.ndim > 1 else output.detach().float()[:, None]
 
 
 _CRITERIA: dict[str, Callable[[ChannelGraph, str, Calibration], Tensor]] = {

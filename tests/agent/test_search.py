@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import autocompress as ac
@@ -115,6 +116,23 @@ def test_when_every_trial_fails_the_last_reason_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the moon is in the wrong house"):
         ac.search("tests.mini:hopeless_task", 2, run=tmp_path / "run", workers=1)
     assert len(list((tmp_path / "run").glob("trials/*/error.txt"))) == 2
+
+
+def test_a_search_whose_trials_all_fail_ends_early_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "HOPELESS", 2)
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match="--resume goes on"):
+        ac.search("tests.mini:hopeless_task", 5, run=run, workers=1)
+    assert len(list(run.glob("trials/*/error.txt"))) == 2
+    front = ac.resume(run, task=mini.task(), workers=1)
+    assert len(front) >= 1
+    assert len(list(run.glob("trials/*/model.acz"))) == 3
+
+
+def test_a_task_may_read_files_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(mini.task().build().state_dict(), "weights.pt")
+    assert len(ac.search("tests.mini:task_from_a_file", 2, run="run", workers=1)) >= 1
 
 
 def test_what_the_sampler_raises_is_told_and_the_search_resumes(

@@ -11,13 +11,14 @@ from torch import nn
 
 from autocompress.artifact import pack, unpack
 from autocompress.compression import Candidate
+from autocompress.divergence import divergence
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
 from autocompress.task import Calibration, Task
 from autocompress.techniques.activation_bits import InputQuantizer
 from autocompress.techniques.base import SparseLayer, coding_of, structures, trainings
 from autocompress.techniques.clipping import clip_range
-from autocompress.training import divergence, fine_tune, step_costs
+from autocompress.training import fine_tune, step_costs
 from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 REGROW, EXCHANGE = trainings()["regrow"], trainings()["exchange"]
