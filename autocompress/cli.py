@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -119,6 +120,7 @@ def search(
     from autocompress.report.live import LiveView
 
     view = LiveView(err, shown=not (quiet or as_json))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it, it ends as by Ctrl-C
     try:
         with view:
             if resume is not None:

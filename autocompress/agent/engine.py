@@ -10,10 +10,13 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +93,7 @@ def start_ray(workers: int) -> Connection:
 
     try:
         # left to itself, Ray rewrites a loopback address to the host's own and listens on every interface
-        with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
+        with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host), _signals_kept():
             ray.init(
                 address="local",
                 num_cpus=workers,
@@ -120,7 +123,8 @@ def join_ray(address: str, sample: Path) -> Connection:
     connection = Connection(shared=ray.is_initialized())
     if not connection.shared:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with _signals_kept():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"there is no Ray cluster to join at {address!r}: {reason}") from error
@@ -130,6 +134,15 @@ def join_ray(address: str, sample: Path) -> Connection:
         connection.close()
         raise
     return connection
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Who asks the process to end is answered as before: Ray's own answer is a trace of its stack."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def cluster_size() -> tuple[int, int]:

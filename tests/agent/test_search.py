@@ -154,26 +154,42 @@ def test_what_the_sampler_raises_is_told_and_the_search_resumes(
     assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
 
 
+COMMAND = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1"]
+
+
+def started(run: Path, trials: int) -> subprocess.Popen[str]:
+    """A slow search in a process group of its own, when so many of its 6 trials are finished."""
+    command = [*COMMAND, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(run.glob("trials/*/metrics.json"))) < trials and process.poll() is None:
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_that_is_asked_to_end_says_how_to_go_on(tmp_path: Path, asked: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = started(run, trials=1)
+    process.send_signal(asked)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.strip() == f"stopped; finished trials are kept: go on by --resume {run}"
+
+
 def test_a_killed_search_resumes(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1"]
-    started = [*command, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run)]
-    process = subprocess.Popen(started, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(run.glob("trials/*/metrics.json"))) < 2:
-            assert process.poll() is None, "the search ended too early"
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = started(run, trials=2)
+    assert process.poll() is None, "the search ended too early"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     before = {p: p.stat().st_mtime_ns for p in run.glob("trials/*/metrics.json")}
     assert len(before) < 6
     with pytest.raises(RunError, match="exists"):
         create_run(run, "mini")
-    done = subprocess.run([*command, "--resume", str(run)], capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "--resume", str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(run)
     assert done.stderr == ""
