@@ -93,7 +93,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put `values` (as from `tensors`) into `model`, resizing layers whose tensors have other shapes.
+    """Put `values` (as from `tensors`) into `model`, resizing layers whose tensors are larger.
 
     Raises ArtifactError naming the first tensor that is missing, unknown or of an impossible shape.
     """
@@ -108,7 +108,8 @@ def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         if old.shape == value.shape:
             old.copy_(value)
             continue
-        if old.ndim != value.ndim or not all(resizable(module) for module, _ in places[key]):
+        smaller = old.ndim == value.ndim and all(new <= was for new, was in zip(value.shape, old.shape, strict=True))
+        if not smaller or not all(resizable(module) for module, _ in places[key]):
             raise ArtifactError(f"tensor {key!r}: expected shape {tuple(old.shape)}, the file has {tuple(value.shape)}")
         fresh = value.detach().to(old.device, old.dtype).clone()
         new = nn.Parameter(fresh, old.requires_grad) if isinstance(old, nn.Parameter) else fresh

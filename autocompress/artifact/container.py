@@ -31,7 +31,6 @@ from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged
 MAGIC = b"\x89ACZ"
 VERSION = 1
 _PREFIX = struct.Struct("<4sBI")
-_MAX_CONSTANT = 1 << 24
 _MAX_RANK = 8
 _EMPTY = torch.empty(0)
 _CONSTANT, _RAW, _CODED = range(3)
@@ -55,8 +54,9 @@ class StoredTensor:
     """One tensor of a file.
 
     value: as decoded; float32, or the integer type it was stored in. choice: number format it was
-    coded in ("constant" and "raw" for tensors that need none). size_bytes: bytes of the
-    entropy-coded stream that it takes (headers are counted apart). parameters: of its coding.
+    coded in ("constant" and "raw" for tensors that need none; a constant is one element, expanded).
+    size_bytes: bytes of the entropy-coded stream that it takes (headers are counted apart).
+    parameters: of its coding.
     """
 
     value: Tensor
@@ -342,11 +342,9 @@ class _Reader:
         counts = [(math.prod(shape), kind) for shape, kind in zip(shapes, kinds, strict=True)]
         if any(count == 0 and kind != _RAW for count, kind in counts):
             raise self.broken("a coded tensor is empty")
-        if (
-            sum(count for count, kind in counts if kind >= _CODED) > MAX_WEIGHTS_PER_BYTE * (length + 64)
-            or sum(count for count, kind in counts if kind == _CONSTANT) > _MAX_CONSTANT
-            or sum(count for count, kind in counts if kind == _RAW) > len(self.data)
-        ):
+        if sum(count for count, kind in counts if kind >= _CODED) > MAX_WEIGHTS_PER_BYTE * (length + 64) or sum(
+            count for count, kind in counts if kind == _RAW
+        ) > len(self.data):
             raise self.broken("it declares more weights than its length can hold")
 
     def codings(
@@ -376,8 +374,9 @@ class _Reader:
         elements = 1 if kind == _CONSTANT else math.prod(shape)
         data = self.take(elements * dtype.itemsize)
         value = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        full = value.expand(math.prod(shape)).clone() if kind == _CONSTANT else value
-        return StoredTensor(full.view(shape), "constant" if kind == _CONSTANT else "raw")
+        if kind == _CONSTANT:
+            return StoredTensor(value[0].expand(shape), "constant")
+        return StoredTensor(value.view(shape), "raw")
 
     def decode(
         self, state: CoderState, shape: tuple[int, ...], coding: Coding, choice: Choice, parameters: tuple[float, ...]

@@ -52,8 +52,8 @@ def parts(artifact: Artifact) -> list[Part]:
 
 
 def _layer(artifact: Artifact, name: str, tensor: StoredTensor) -> Part:
-    count = max(tensor.value.numel(), 1)
-    zeros = 1 - int(tensor.value.count_nonzero()) / count
+    values = tensor.value.flatten()[:1] if tensor.choice == "constant" else tensor.value
+    zeros = 1 - int(values.count_nonzero()) / max(values.numel(), 1)
     choices = [f"{dimension} {choice}" for site, dimension, choice in artifact.recipe if site == name]
     return Part(name, tensor.size_bytes, str(tensor.choice), tuple(tensor.value.shape), zeros, ", ".join(choices))
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from autocompress.artifact.coder import CoderState
 from autocompress.artifact.container import (
@@ -24,9 +25,11 @@ from autocompress.artifact.container import (
     encode_artifact,
     read_artifact,
 )
+from autocompress.artifact.pack import unpack
 from autocompress.errors import ArtifactError
 from autocompress.files import write_file
 from autocompress.recipe import Recipe
+from autocompress.report.inside import parts
 from autocompress.tasks.digits import residual_net
 from autocompress.techniques.base import coding_choices, coding_of
 
@@ -137,7 +140,6 @@ BILLION = b"\x80\x94\xeb\xdc\x03"
 INT8, CONSTANT, RAW = b"\x22", b"\x00", b"\x01"
 LIES = {
     "it declares more weights": b"\x01\x01w\x02" + BILLION + b"\x40" + INT8 + bytes(4) + b"\0",
-    "it declares more weights than": b"\x01\x01w\x01" + BILLION + CONSTANT + b"\x08" + bytes(4) + b"\0",
     "it declares more": b"\x01\x01w\x01" + BILLION + RAW + b"\x08" + bytes(9) + b"\0",
     "an impossible shape": b"\x01\x01w\x04\x02\x02" + BILLION + BILLION + INT8 + bytes(4) + b"\0",
     "has 99 dimensions": b"\x01\x01w\x63" + b"\x02" * 99 + INT8 + bytes(4) + b"\0",
@@ -156,6 +158,20 @@ def test_a_header_that_lies_is_refused_before_it_costs_anything(message: str) ->
     try:
         with pytest.raises(ArtifactError, match=message):
             decode_artifact(data)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_constant_costs_nothing_however_large_it_is() -> None:
+    tracemalloc.start()
+    try:
+        dimensions = BILLION + b"\xe9\x07"  # a thousand
+        artifact = decode_artifact(forged(b"\x01\x06weight\x02" + dimensions + CONSTANT + b"\x08" + bytes(4) + b"\0"))
+        assert artifact.tensors["weight"].value.numel() > 1e11
+        assert parts(artifact)[0].zeros == 1
+        with pytest.raises(ArtifactError, match="expected shape"):
+            unpack(artifact, nn.Linear(5, 5, bias=False))
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
