@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -338,7 +338,7 @@ class ChannelGraph:
 def _shape_of(output: Any) -> Any:
     if isinstance(output, Tensor):
         return tuple(output.shape)
-    if isinstance(output, dict):
+    if isinstance(output, Mapping):
         return {key: _shape_of(value) for key, value in output.items()}
     return [_shape_of(value) for value in output] if isinstance(output, (tuple, list)) else None
 

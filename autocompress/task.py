@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,31 +97,53 @@ class Task:
             ) from None
         if isinstance(inputs, (tuple, list)):
             return model(*inputs), target
-        if isinstance(inputs, dict):
+        if isinstance(inputs, Mapping):
             return model(**inputs), target
         return model(inputs), target
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it moved to `device`; tuples, lists and dicts are walked."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+def each_part(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with whatever is in its tuples, lists and mappings changed; they keep their types."""
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)
+        for key, item in value.items():
+            changed[key] = each_part(item, change)
+        return changed
     if isinstance(value, (tuple, list)):
-        items = [to_device(item, device) for item in value]
+        items = [each_part(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    return change(value)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it, and whatever else knows how to, moved to `device`."""
+
+    def move(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part.to(device, non_blocking=True)
+        return part.to(device) if callable(getattr(part, "to", None)) else part
+
+    return each_part(value, move)
 
 
 def batch_size(batch: Batch) -> int:
     """Length of the first tensor found in `batch`; 1 when there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
-    for item in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ():
-        if isinstance(item, (Tensor, dict, tuple, list)):
+    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
+        if isinstance(item, (Tensor, Mapping, tuple, list)):
             return batch_size(item)
     return 1
+
+
+def first_samples(batch: Batch, count: int) -> Batch:
+    """`batch` with its first `count` samples, as far as its tensors have a row for each sample."""
+    size = batch_size(batch)
+
+    def cut(part: Any) -> Any:
+        return part[:count] if isinstance(part, Tensor) and part.ndim and len(part) == size else part
+
+    return each_part(batch, cut)
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,17 @@ class Calibration:
     def __call__(self, model: nn.Module) -> Any:
         """The model's output on the first batch."""
         return self.run(model)[0]
+
+    def shortened(self, model: nn.Module) -> Calibration:
+        """The first two samples of the first batch, if `model` runs with so few: to look at its structure, not at what
+        it says."""
+        short = Calibration(self.task, [first_samples(self.batches[0], 2)])
+        try:
+            with torch.no_grad():
+                short(model)
+        except Exception:  # whatever a model does with so short a batch: it needs the whole
+            return self
+        return short
 
     def run(self, model: nn.Module) -> tuple[Any, Any]:
         """The model's output on the first batch, and the target."""

@@ -130,7 +130,7 @@ class Workshop:
         # convolutions take a quarter less time; every candidate is a copy of this
         convert_conv2d_weight_memory_format(self.original, torch.channels_last)
         self.calibration = calibration_batches(task, self.device)
-        self.anatomy: Anatomy = read_anatomy(self.original, self.calibration)
+        self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
         self.space = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space
         self._prober: Prober | None = None
 

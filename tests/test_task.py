@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import UserDict, namedtuple
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ import torch
 from torch import nn
 
 from autocompress.errors import TaskError
-from autocompress.task import Task, check_task, load_task, measure
+from autocompress.task import (
+    Calibration,
+    Task,
+    batch_size,
+    check_task,
+    first_samples,
+    load_task,
+    measure,
+    to_device,
+)
 from tests.conftest import zoo_task
 
 BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
@@ -44,6 +54,47 @@ def test_any_other_batch_through_forward() -> None:
     task = linear_task(train=batches, val=batches, test=batches, forward=forward)
     check_task(task, task.build())
     assert 0 <= measure(task, task.build(), "val") <= 1
+
+
+class Fields(UserDict[str, Any]):
+    """As tokenizers hand over: a mapping that is no dict."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.data[name]
+
+
+class Graph:
+    """Knows by itself how to move, as graph libraries' batches do."""
+
+    device = "cpu"
+
+    def to(self, device: torch.device) -> Graph:
+        moved = Graph()
+        moved.device = str(device)
+        return moved
+
+
+def test_batches_of_any_kind_are_moved_and_keep_their_types() -> None:
+    pair = namedtuple("pair", "left right")
+    batch = Fields(x=torch.zeros(3, 2), more=[pair(torch.ones(3), "text"), Graph()])
+    assert batch_size(batch) == 3
+    moved = to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Fields)
+    assert moved.x.is_meta
+    assert moved.more[0].left.is_meta
+    assert moved.more[0].right == "text"
+    assert moved.more[1].device == "meta"
+    assert not batch.x.is_meta
+    few = first_samples(batch, 2)
+    assert (few.x.shape, few.more[0].left.shape) == ((2, 2), (2,))
+
+
+def test_structure_is_read_from_few_samples_where_the_model_runs_with_them() -> None:
+    task = linear_task()
+    calibration = Calibration(task, [BATCH])
+    assert batch_size(calibration.shortened(task.build()).batches[0]) == 2
+    picky = nn.Sequential(nn.Flatten(0), nn.Linear(BATCH[0].numel(), 2), nn.Unflatten(0, (1, 2)))
+    assert calibration.shortened(picky) is calibration
 
 
 def test_the_metric_is_weighted_by_batch_size() -> None:

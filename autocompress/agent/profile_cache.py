@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 import autocompress
 from autocompress.files import write_file
 from autocompress.surgery import tensors
+from autocompress.task import each_part
 from autocompress.trial import Workshop
 
 
@@ -48,8 +50,7 @@ def _digest(workshop: Workshop) -> str:
     for name, tensor in tensors(workshop.original).items():
         digest.update(name.encode())
         digest.update(_bytes(tensor))
-    for tensor in _tensors(workshop.calibration.batches):
-        digest.update(_bytes(tensor))
+    each_part(list(workshop.calibration.batches), lambda part: digest.update(_bytes(part)))
     forward = workshop.task.forward
     asked = [workshop.task.name, str(forward and getattr(forward, "__qualname__", forward)), str(workshop.original)]
     asked += [f"{d.key} {d.choices}" for d in workshop.space]
@@ -66,16 +67,12 @@ def _sources() -> bytes:
     return digest.digest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    data = tensor.detach().cpu().contiguous()
-    return f"{data.dtype} {tuple(data.shape)}".encode() + data.flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def _bytes(part: Any) -> bytes:
+    """Of a tensor, or of whatever else batches are made of."""
+    if isinstance(part, Tensor):
+        data = part.detach().cpu().contiguous()
+        return f"{data.dtype} {tuple(data.shape)}".encode() + data.flatten().view(torch.uint8).numpy().tobytes()
+    try:
+        return pickle.dumps(part)
+    except Exception:  # nobody knows whether it is the same: measured again
+        return os.urandom(32)
