@@ -27,7 +27,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+_WIDE = 160
+"""Columns of a table that goes into a file or a pipe."""
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
+err = Console(stderr=True)
 
 TaskOption = Annotated[
     str,
@@ -368,7 +371,7 @@ def inspect(
     bound = rules.bind(anatomy)
     layers = Table(title=f"{task}: {len(anatomy.layers)} layers", title_justify="left")
     for name in ("layer", "kind", "shape", "weights", "channel groups"):
-        layers.add_column(name, justify="right" if name == "weights" else "left")
+        layers.add_column(name, justify="right" if name == "weights" else "left", overflow="fold")
     for layer in anatomy.layers:
         shape = " x ".join(map(str, layer.shape))
         layers.add_row(
@@ -384,23 +387,27 @@ def inspect(
         title_justify="left",
     )
     for name in ("group", "channels", "reaches"):
-        groups.add_column(name, justify="right" if name == "channels" else "left")
+        groups.add_column(name, justify="right" if name == "channels" else "left", overflow="fold")
     for group in anatomy.groups:
         groups.add_row(group.name, str(group.channels), ", ".join(group.members))
     out.print(groups)
     dimensions = Table(title=f"space {rules.name!r}: {len(bound)} dimensions", title_justify="left")
     for name in ("dimension", "choices", "sites"):
-        dimensions.add_column(name)
+        dimensions.add_column(name, overflow="fold")
     merged: dict[tuple[str, str], list[str]] = {}
     for d in bound:
         merged.setdefault((d.name, ", ".join(map(str, d.choices))), []).append(d.site)
+    every = {
+        tuple(group.name for group in anatomy.groups): "every group of channels",
+        tuple(layer.name for layer in anatomy.layers): "every layer",
+    }
     for (name, choices), sites in merged.items():
-        dimensions.add_row(name, choices, ", ".join(sites))
+        dimensions.add_row(name, choices, every.get(tuple(sites)) or ", ".join(sites))
     out.print(dimensions)
     if anatomy.left_alone:
         out.print("left alone:")
         for site, reason in anatomy.left_alone.items():
-            out.print(f"  {site}: {reason}", highlight=False)
+            out.print(f"  {site}: {reason}", highlight=False, soft_wrap=True)
     parameters = sum(p.numel() for p in model.parameters() if isinstance(p, torch.nn.Parameter))
     out.print(
         f"{parameters:,} parameters; joint space of about 10^{bound.log10_size:.1f} recipes",
