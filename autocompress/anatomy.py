@@ -9,38 +9,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency.group import Group
 
+from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.replacement import Dropped, Replacement, channel_makers
-from autocompress.surgery import owners, resizable
+from autocompress.surgery import owners, resizable, tensors
 
 MIN_WEIGHTS = 16
 """Tensors with fewer weights are not worth a dimension of their own."""
-
-ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Softplus,
-    nn.Hardtanh,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Softsign,
-    nn.Tanhshrink,
-)
-"""Elementwise functions without parameters, any of which may stand in for any other."""
+_MOST_MEMBERS = 1000
+"""Places where the channels of one group are found."""
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on a calibration batch and returns its output."""
@@ -155,22 +139,39 @@ def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tup
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(module, ACTIVATIONS):
+            if name in elementwise:
                 activations[name] = type(module).__name__
             elif args and isinstance(args[0], Tensor) and args[0].is_floating_point():
                 inputs[name] = None
 
         return hook
 
+    elementwise = {name for name, module in model.named_modules() if is_activation(module)}
     watched = [
         (module, watch(name))
         for name, module in model.named_modules()
-        if isinstance(module, ACTIVATIONS) or f"{name}.weight" in weights
+        if name in elementwise or f"{name}.weight" in weights
     ]
     with forward_hooks(watched), torch.no_grad():
         run(model)
     order = [name for name, _ in model.named_modules()]
     return tuple(sorted(inputs, key=order.index)), dict(sorted(activations.items(), key=lambda a: order.index(a[0])))
+
+
+@torch.no_grad()
+def is_activation(module: nn.Module) -> bool:
+    """Whether it is an elementwise function that is not linear and has no parameters, whatever its class: any such may
+    stand in for any other."""
+    if next(module.children(), None) is not None or tensors(module):
+        return False
+    x = torch.linspace(-4, 4, 64)
+    try:
+        y, some, twice, minus = (module.forward(z.clone()) for z in (x, x[16:48].flip(0), 2 * x, -x))
+        alone = torch.allclose(y[16:48].flip(0), some, equal_nan=True)
+        linear = torch.allclose(twice, 2 * y, equal_nan=True) and torch.allclose(minus, -y, equal_nan=True)
+    except Exception:  # it does something else than that
+        return False
+    return alone and not linear and y.shape == x.shape
 
 
 # ------------------------------------------------------------------ blocks
@@ -255,6 +256,21 @@ def _quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
+@contextmanager
+def _finite() -> Iterator[None]:
+    """Ends what Torch-Pruning would go on with for ever: channels that are cut and joined (rotary embeddings) find
+    new ways to themselves each time."""
+    add = Group.add_dep
+
+    def add_dep(group: Any, dep: Any, idxs: Any) -> None:
+        if len(group) >= _MOST_MEMBERS:
+            raise ValueError(f"they are found in more than {_MOST_MEMBERS} places")
+        add(group, dep, idxs)
+
+    with mock.patch.object(Group, "add_dep", add_dep):
+        yield
+
+
 class ChannelGraph:
     """Torch-Pruning's dependency graph of one model (Fang et al., DepGraph, CVPR 2023)."""
 
@@ -263,7 +279,7 @@ class ChannelGraph:
         self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
         with _quiet(), torch.enable_grad():
             self._graph = tp.DependencyGraph().build_dependency(
-                model, example_inputs=None, forward_fn=lambda module, _: run(module)
+                model, example_inputs=None, forward_fn=lambda module, _: [*_differentiable(run(module))]
             )
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
@@ -279,8 +295,21 @@ class ChannelGraph:
                 self.groups[name] = group
 
     def _all_groups(self) -> Iterator[Any]:
-        with _quiet():
-            yield from self._graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear])
+        """That of each layer with channels which is not in one before; those that cannot be followed are refused."""
+        seen: set[nn.Module] = set()
+        for module in [m for m in self._graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]:
+            pruner = self._graph.get_pruner_of_module(module)
+            if module in seen or pruner is None:
+                continue
+            try:
+                channels = list(range(pruner.get_out_channels(module)))
+                with _quiet(), _finite():
+                    group = self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+            except Exception as error:
+                self.refused[self.names.get(id(module), "?")] = f"its channels cannot be followed: {in_words(error)}"
+                continue
+            seen |= {dep.target.module for dep, _ in group if self._graph.is_out_channel_pruning_fn(dep.handler)}
+            yield group
 
     def _makes(self, dep: Any) -> bool:
         """Whether this member produces the channels (and is a layer with weights)."""
@@ -331,8 +360,18 @@ class ChannelGraph:
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove these channels physically from every layer of the group."""
         root = self.groups[name][0].dep
-        with _quiet():
+        with _quiet(), _finite():
             self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
+
+
+def _differentiable(output: Any) -> Iterator[Tensor]:
+    """The tensors of an output that the graph can be followed back from."""
+    if isinstance(output, Tensor):
+        if output.grad_fn is not None:
+            yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _differentiable(part)
 
 
 def _shape_of(output: Any) -> Any:

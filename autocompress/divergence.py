@@ -16,7 +16,7 @@ def divergence(student: Any, teacher: Any, target: Any = None, temperature: floa
     error relative to the variance of the teacher's output. Tuples, lists and dicts are averaged.
     """
     if isinstance(student, Tensor):
-        if not student.is_floating_point():
+        if not student.is_floating_point() or not student.ndim:  # a loss, among the outputs, is no output
             return torch.zeros(())
         student, teacher = student.float(), teacher.float()
         classes = class_dimension(student, target)

@@ -91,7 +91,7 @@ class Profile:
         for groups, count in counts.items():
             rows.append([float(vectors[0]) * count / total])
             scale_by_channels(groups)
-            if f"{MODEL}:vectors" in self.dimensions:
+            if f"{MODEL}:vectors" in self.dimensions and vectors[0]:  # not if all are constant
                 scale(f"{MODEL}:vectors", vectors / vectors[0])
         self.table = np.full((len(rows), max(map(len, rows))), math.inf)
         for at, row in enumerate(rows):
