@@ -162,6 +162,9 @@ def test_divergence_is_torchs_kl_divergence() -> None:
         ((8, 12, 65), (96,), 2),
         ((8, 12, 12), (8, 12), 1),
         ((8, 1), (8,), None),
+        ((8, 10), (8, 1), 1),
+        ((8, 10), (8, 10), None),  # several labels a sample
+        ((20, 8, 30), (8, 5), None),  # an alignment is to be found
     ],
 )
 def test_classes_are_where_the_target_has_no_dimension(
@@ -169,6 +172,15 @@ def test_classes_are_where_the_target_has_no_dimension(
 ) -> None:
     assert class_dimension(torch.randn(output), torch.zeros(target, dtype=torch.int64)) == classes
     assert class_dimension(torch.randn(output), torch.zeros(target)) is None
+
+
+def test_of_several_outputs_those_that_score_classes_count() -> None:
+    student, teacher, target = torch.randn(4, 6, 9), torch.randn(4, 6, 9), torch.randint(9, (4, 6))
+    beside = {"loss": torch.tensor(3.0), "cache": ((torch.randn(4, 2, 6, 8),),)}
+    other = {"loss": torch.tensor(5.0), "cache": ((torch.randn(4, 2, 6, 8),),)}
+    whole = divergence({**beside, "logits": student}, {**other, "logits": teacher}, target)
+    torch.testing.assert_close(whole, divergence(student, teacher, target))
+    assert float(divergence(beside, other, target)) > 1
 
 
 def test_divergence_of_a_language_model_is_over_its_tokens() -> None:

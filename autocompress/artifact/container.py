@@ -342,9 +342,9 @@ class _Reader:
         counts = [(math.prod(shape), kind) for shape, kind in zip(shapes, kinds, strict=True)]
         if any(count == 0 and kind != _RAW for count, kind in counts):
             raise self.broken("a coded tensor is empty")
-        if sum(count for count, kind in counts if kind >= _CODED) > MAX_WEIGHTS_PER_BYTE * (length + 64) or sum(
-            count for count, kind in counts if kind == _RAW
-        ) > len(self.data):
+        coded = sum(count for count, kind in counts if kind >= _CODED)
+        raw = sum(count for count, kind in counts if kind == _RAW)
+        if coded > MAX_WEIGHTS_PER_BYTE * (length + 64) or raw > len(self.data):
             raise self.broken("it declares more weights than its length can hold")
 
     def codings(
