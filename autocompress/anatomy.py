@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
 from autocompress.errors import in_words
@@ -257,17 +258,25 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _finite() -> Iterator[None]:
-    """Ends what Torch-Pruning would go on with for ever: channels that are cut and joined (rotary embeddings) find
-    new ways to themselves each time."""
-    add = Group.add_dep
+def _mended() -> Iterator[None]:
+    """Torch-Pruning without two of its faults: it goes on for ever with channels that are cut and joined (rotary
+    embeddings), which find new ways to themselves each time; and it adds up channels before it asks whether all are
+    known."""
+    add, concat = Group.add_dep, index_mapping.update_concat_index_mapping
 
     def add_dep(group: Any, dep: Any, idxs: Any) -> None:
         if len(group) >= _MOST_MEMBERS:
             raise ValueError(f"they are found in more than {_MOST_MEMBERS} places")
         add(group, dep, idxs)
 
-    with mock.patch.object(Group, "add_dep", add_dep):
+    def update_concat(graph: Any, node: Any) -> None:
+        with suppress(TypeError):
+            concat(graph, node)
+
+    with (
+        mock.patch.object(Group, "add_dep", add_dep),
+        mock.patch.object(index_mapping, "update_concat_index_mapping", update_concat),
+    ):
         yield
 
 
@@ -277,7 +286,7 @@ class ChannelGraph:
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model = model
         self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
-        with _quiet(), torch.enable_grad():
+        with _quiet(), _mended(), torch.enable_grad():
             self._graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=None, forward_fn=lambda module, _: [*_differentiable(run(module))]
             )
@@ -303,7 +312,7 @@ class ChannelGraph:
                 continue
             try:
                 channels = list(range(pruner.get_out_channels(module)))
-                with _quiet(), _finite():
+                with _quiet(), _mended():
                     group = self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
             except Exception as error:
                 self.refused[self.names.get(id(module), "?")] = f"its channels cannot be followed: {in_words(error)}"
@@ -360,7 +369,7 @@ class ChannelGraph:
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove these channels physically from every layer of the group."""
         root = self.groups[name][0].dep
-        with _quiet(), _finite():
+        with _quiet(), _mended():
             self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
 
 

@@ -25,8 +25,7 @@ class QuickGELU(nn.Module):
 
 
 def rotated(x: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
+    first, second = x.chunk(2, -1)
     place = torch.arange(x.shape[-2], device=x.device)[:, None] / 10
     return x * place.cos() + torch.cat([-second, first], -1) * place.sin()
 
