@@ -160,7 +160,13 @@ COMMAND = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers
 def started(run: Path, trials: int) -> subprocess.Popen[str]:
     """A slow search in a process group of its own, when so many of its 6 trials are finished."""
     command = [*COMMAND, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run)]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background may be deaf to it
+    )
     deadline = time.monotonic() + 120
     while len(list(run.glob("trials/*/metrics.json"))) < trials and process.poll() is None:
         if time.monotonic() > deadline:

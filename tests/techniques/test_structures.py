@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from autocompress.anatomy import read_anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
-from autocompress.task import Task
+from autocompress.task import Calibration, Task
 from autocompress.techniques.base import Technique, maskings, structures, trainings
 from autocompress.techniques.channels import kept_channels
 from tests.conftest import ZOO, zoo_task
@@ -23,9 +21,9 @@ CHANNELS, ACTIVATION, ACTIVATION_BITS = (structures()[n] for n in ("channels", "
 SPARSITY = maskings()["sparsity"]
 
 
-def run_of(task: Task) -> Callable[[nn.Module], Any]:
+def run_of(task: Task) -> Calibration:
     batch = next(task.batches("train"))
-    return lambda model: task.run(model, batch)[0]
+    return Calibration(task, [batch])
 
 
 def test_channels_are_removed_and_the_output_keeps_its_shape(any_task: Task) -> None:
@@ -84,7 +82,8 @@ def test_a_channel_that_does_nothing_goes_first(criterion: str) -> None:
         model[0].weight[1], model[0].bias[1], model[2].weight[:, 1] = 0, -1, 0
     inputs = torch.randn(64, 6)
     expected = model(inputs)
-    CHANNELS.apply(model, {"0": 7}, lambda model: model(inputs), {"importance": criterion})
+    run = Calibration(Task(model, [], [], []), [(inputs, torch.zeros(64, dtype=torch.int64))])
+    CHANNELS.apply(model, {"0": 7}, run, {"importance": criterion})
     assert model[0].weight.shape == (7, 6)
     torch.testing.assert_close(model(inputs), expected)
 
