@@ -1,0 +1,124 @@
+"""Searches that fail, are killed or are asked to end; and how they go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import autocompress as ac
+from autocompress.agent import controller
+from autocompress.agent.run_folder import create_run
+from autocompress.agent.sampler import FrontierSampler
+from autocompress.errors import RunError
+from tests import mini
+
+
+def test_failing_trials_are_kept_on_record_and_the_search_goes_on(tmp_path: Path) -> None:
+    front = ac.search("tests.mini:moody_task", 12, run=tmp_path / "run", workers=2)
+    errors = {p.parent.name: p.read_text() for p in (tmp_path / "run").glob("trials/*/error.txt")}
+    assert 0 < len(errors) < 12
+    kinds = "".join(errors.values())
+    assert "Traceback" in kinds
+    assert "no room for this batch" in kinds or "the loss became nan" in kinds
+    assert not {str(p.trial) for p in front} & set(errors)
+    assert "failed: " in (tmp_path / "run" / "log").read_text()
+
+
+def test_the_trial_of_a_killed_worker_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEADLY_MARK", str(tmp_path / "mark"))
+    front = ac.search("tests.mini:deadly_task", 5, run=tmp_path / "run", workers=1)
+    errors = list((tmp_path / "run").glob("trials/*/error.txt"))
+    assert len(errors) == 1
+    assert "killed" in errors[0].read_text()
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 5
+    assert len(front) >= 1
+    recipes = [(tmp_path / "run" / "trials" / number / "recipe.json").read_text() for number in ("0", "1")]
+    assert recipes[0] == recipes[1]
+
+
+def test_a_search_whose_trials_all_fail_ends_early_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "HOPELESS", 2)
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match=r"the moon is in the wrong house.*--resume goes on"):
+        ac.search("tests.mini:hopeless_task", 5, run=run, workers=1)
+    assert len(list(run.glob("trials/*/error.txt"))) == 2
+    front = ac.resume(run, task=mini.task(), workers=1)
+    assert len(front) >= 1
+    assert len(list(run.glob("trials/*/model.acz"))) == 3
+
+
+def test_what_the_sampler_raises_is_told_and_the_search_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        propose = FrontierSampler.propose
+
+        def propose_two(self: FrontierSampler, done: Any, running: Any, number: int, rng: Any) -> Any:
+            if number == 2:
+                raise ZeroDivisionError("no third")
+            return propose(self, done, running, number, rng)
+
+        broken.setattr(FrontierSampler, "propose", propose_two)
+        with pytest.raises(ZeroDivisionError, match="no third"):
+            ac.search("tests.mini:task", 4, run=tmp_path / "run", workers=1)
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 2
+    assert len(ac.resume(tmp_path / "run")) >= 1
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
+
+
+COMMAND = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1"]
+
+
+def started(run: Path, trials: int) -> subprocess.Popen[str]:
+    """A slow search in a process group of its own, when so many of its 6 trials are finished."""
+    command = [*COMMAND, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run)]
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background may be deaf to it
+    )
+    deadline = time.monotonic() + 120
+    while len(list(run.glob("trials/*/metrics.json"))) < trials and process.poll() is None:
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_that_is_asked_to_end_says_how_to_go_on(tmp_path: Path, asked: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = started(run, trials=1)
+    process.send_signal(asked)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.strip() == f"stopped; finished trials are kept: go on by --resume {run}"
+
+
+def test_a_killed_search_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = started(run, trials=2)
+    assert process.poll() is None, "the search ended too early"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {p: p.stat().st_mtime_ns for p in run.glob("trials/*/metrics.json")}
+    assert len(before) < 6
+    with pytest.raises(RunError, match="exists"):
+        create_run(run, "mini")
+    done = subprocess.run([*COMMAND, "--resume", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(run)
+    assert done.stderr == ""
+    complete = sum(1 for _ in run.glob("trials/*/metrics.json"))
+    assert 6 <= complete <= 7
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "finished trials are kept"
+    assert len(ac.ParetoFront.read(run)) >= 1
