@@ -42,9 +42,10 @@ class Results:
         if not self.study.complete():
             failed = [t for t in self.study.trials() if t.user_attrs.get("error")]
             last = failed[-1].user_attrs["error"].strip().splitlines()[-1] if failed else "no trial finished"
+            larger = "" if self.study.remaining() > 0 else " with a larger --budget"
             raise RunError(
                 f"every trial of run {str(folder)!r} failed; the last one said: {last} "
-                "(once that is mended, --resume goes on)"
+                f"(once that is mended, --resume{larger} goes on)"
             )
         front = self._front(final=True)
         self._write(front)
