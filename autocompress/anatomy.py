@@ -21,6 +21,7 @@ from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.replacement import Dropped, Replacement, channel_makers
 from autocompress.surgery import owners, resizable, tensors
+from autocompress.task import leaves
 
 MIN_WEIGHTS = 16
 """Tensors with fewer weights are not worth a dimension of their own."""
@@ -286,10 +287,12 @@ class ChannelGraph:
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model = model
         self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
+
+        def outputs(module: nn.Module, _: Any) -> list[Tensor]:
+            return [leaf for leaf in leaves(run(module)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+
         with _quiet(), _mended(), torch.enable_grad():
-            self._graph = tp.DependencyGraph().build_dependency(
-                model, example_inputs=None, forward_fn=lambda module, _: [*_differentiable(run(module))]
-            )
+            self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -373,16 +376,6 @@ class ChannelGraph:
             self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
 
 
-def _differentiable(output: Any) -> Iterator[Tensor]:
-    """The tensors of an output that the graph can be followed back from."""
-    if isinstance(output, Tensor):
-        if output.grad_fn is not None:
-            yield output
-    elif isinstance(output, (Mapping, tuple, list)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _differentiable(part)
-
-
 def _shape_of(output: Any) -> Any:
     if isinstance(output, Tensor):
         return tuple(output.shape)
@@ -424,9 +417,7 @@ def _channel_groups(
                 order = list(graph.names.values())
                 return tuple(sorted(groups.values(), key=lambda g: order.index(g.name))), touched, steady
     except Exception as error:  # the graph cannot follow this model: compress it without channel pruning
-        left_alone["channels"] = (
-            f"the model cannot be traced for channel pruning: {str(error).splitlines()[0] if str(error) else error!r}"
-        )
+        left_alone["channels"] = f"the model cannot be traced for channel pruning: {in_words(error)}"
         return (), {}, {name for name, same in _tensor_to_tensor(original, run).items() if same}
 
 
@@ -448,7 +439,7 @@ def _try_group(
             got = _shape_of(run(graph.model))
         steady.intersection_update(name for name, same in _tensor_to_tensor(graph.model, run).items() if same)
     except Exception as error:
-        return f"the model does not run without one of its channels: {str(error).splitlines()[0]}"
+        return f"the model does not run without one of its channels: {in_words(error)}"
     if got != expected:
         return "its channels are outputs of the model"
     for key, places in owners(graph.model).items():

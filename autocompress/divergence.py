@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from autocompress.task import leaves
 
 
 def divergence(student: Any, teacher: Any, target: Any = None, temperature: float = 1.0) -> Tensor:
@@ -46,12 +48,6 @@ def _kl(student: Tensor, teacher: Tensor, classes: int) -> Tensor:
 
 def _pairs(student: Any, teacher: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """float32, of all floating-point tensors but single numbers, such as a loss among the outputs."""
-    if isinstance(student, Tensor):
-        if student.is_floating_point() and student.ndim:
-            yield student.float(), teacher.float()
-    elif isinstance(student, Mapping):
-        for key in student:
-            yield from _pairs(student[key], teacher[key])
-    elif isinstance(student, (tuple, list)):
-        for own, other in zip(student, teacher, strict=True):
-            yield from _pairs(own, other)
+    for own, other in zip(leaves(student), leaves(teacher), strict=True):
+        if isinstance(own, Tensor) and own.is_floating_point() and own.ndim:
+            yield own.float(), other.float()

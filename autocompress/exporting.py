@@ -21,9 +21,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from autocompress.artifact import load
-from autocompress.errors import AutocompressError, ExportError
+from autocompress.errors import AutocompressError, ExportError, in_words
 from autocompress.files import write_file
-from autocompress.task import Task, batch_size, load_task, measure
+from autocompress.task import Task, batch_size, is_batched, load_task, measure
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def export(path: str | Path, task: Task | str, output: str | Path) -> Exported:
     except (AutocompressError, OSError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
-        raise ExportError(f"the model of {str(path)!r} cannot be exported to {output.suffix}: {reason}") from error
+        raise ExportError(
+            f"the model of {str(path)!r} cannot be exported to {output.suffix}: {in_words(error)}"
+        ) from error
 
 
 def _program(task: Task, model: nn.Module) -> ExportedProgram:
@@ -78,8 +79,7 @@ def _program(task: Task, model: nn.Module) -> ExportedProgram:
     args, kwargs = calls[0]
 
     def any_length(value: Any) -> dict[int, Any] | None:
-        batched = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch_size(batch)
-        return {0: torch.export.Dim.AUTO} if batched else None
+        return {0: torch.export.Dim.AUTO} if is_batched(value, batch_size(batch)) else None
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -102,15 +102,24 @@ class Task:
         return model(inputs), target
 
 
-def each_part(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with whatever is in its tuples, lists and mappings changed; they keep their types."""
+def leaves(value: Any) -> Iterator[Any]:
+    """Whatever is in the tuples, lists and mappings of a batch or an output, in their order."""
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with its leaves changed; tuples, lists and mappings keep their types."""
     if isinstance(value, MutableMapping):
         changed = copy.copy(value)
         for key, item in value.items():
-            changed[key] = each_part(item, change)
+            changed[key] = map_leaves(item, change)
         return changed
     if isinstance(value, (tuple, list)):
-        items = [each_part(item, change) for item in value]
+        items = [map_leaves(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return change(value)
 
@@ -118,32 +127,29 @@ def each_part(value: Any, change: Callable[[Any], Any]) -> Any:
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it, and whatever else knows how to, moved to `device`."""
 
-    def move(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part.to(device, non_blocking=True)
-        return part.to(device) if callable(getattr(part, "to", None)) else part
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
-    return each_part(value, move)
+    return map_leaves(value, move)
 
 
 def batch_size(batch: Batch) -> int:
     """Length of the first tensor found in `batch`; 1 when there is none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ():
-        if isinstance(item, (Tensor, Mapping, tuple, list)):
-            return batch_size(item)
-    return 1
+    first = next((leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)), None)
+    return 1 if first is None or not first.ndim else len(first)
+
+
+def is_batched(leaf: Any, size: int) -> bool:
+    """Whether it is a tensor with a row for each of `size` samples."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size
 
 
 def first_samples(batch: Batch, count: int) -> Batch:
     """`batch` with its first `count` samples, as far as its tensors have a row for each sample."""
     size = batch_size(batch)
-
-    def cut(part: Any) -> Any:
-        return part[:count] if isinstance(part, Tensor) and part.ndim and len(part) == size else part
-
-    return each_part(batch, cut)
+    return map_leaves(batch, lambda leaf: leaf[:count] if is_batched(leaf, size) else leaf)
 
 
 @dataclass(frozen=True)

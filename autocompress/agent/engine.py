@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
-from autocompress.errors import RunError
+from autocompress.errors import RunError, in_words
 from autocompress.trial import Rung, TrialResult, TrialSpec
 from autocompress.version import __version__
 
@@ -126,8 +126,7 @@ def join_ray(address: str, sample: Path) -> Connection:
             with _signals_kept():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(f"there is no Ray cluster to join at {address!r}: {reason}") from error
+            raise RunError(f"there is no Ray cluster to join at {address!r}: {in_words(error)}") from error
     try:
         _check_nodes(sample)
     except BaseException:
@@ -140,9 +139,11 @@ def join_ray(address: str, sample: Path) -> Connection:
 def _signals_kept() -> Iterator[None]:
     """Who asks the process to end is answered as before: Ray's own answer is a trace of its stack."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def cluster_size() -> tuple[int, int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 import autocompress
 from autocompress.files import write_file
 from autocompress.surgery import tensors
-from autocompress.task import each_part
+from autocompress.task import leaves
 from autocompress.trial import Workshop
 
 
@@ -50,7 +50,8 @@ def _digest(workshop: Workshop) -> str:
     for name, tensor in tensors(workshop.original).items():
         digest.update(name.encode())
         digest.update(_bytes(tensor))
-    each_part(list(workshop.calibration.batches), lambda part: digest.update(_bytes(part)))
+    for leaf in leaves(list(workshop.calibration.batches)):
+        digest.update(_bytes(leaf))
     forward = workshop.task.forward
     asked = [workshop.task.name, str(forward and getattr(forward, "__qualname__", forward)), str(workshop.original)]
     asked += [f"{d.key} {d.choices}" for d in workshop.space]
@@ -67,12 +68,12 @@ def _sources() -> bytes:
     return digest.digest()
 
 
-def _bytes(part: Any) -> bytes:
+def _bytes(leaf: Any) -> bytes:
     """Of a tensor, or of whatever else batches are made of."""
-    if isinstance(part, Tensor):
-        data = part.detach().cpu().contiguous()
+    if isinstance(leaf, Tensor):
+        data = leaf.detach().cpu().contiguous()
         return f"{data.dtype} {tuple(data.shape)}".encode() + data.flatten().view(torch.uint8).numpy().tobytes()
     try:
-        return pickle.dumps(part)
+        return pickle.dumps(leaf)
     except Exception:  # nobody knows whether it is the same: measured again
         return os.urandom(32)

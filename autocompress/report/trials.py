@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from autocompress.errors import RunError
+from autocompress.errors import RunError, in_words
 from autocompress.trial import METRICS
 
 
@@ -30,5 +30,5 @@ def read_trials(folder: Path) -> list[Trial]:
             known = (told[name] for name in ("size_bytes", "val_accuracy", "parent", "seconds"))
             trials.append(Trial(int(path.parent.name), *known))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{str(path)!r} cannot be read: {error!r}") from error
+            raise RunError(f"{str(path)!r} cannot be read: {in_words(error)}") from error
     return sorted(trials, key=lambda trial: trial.number)
