@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "100"
@@ -14,15 +17,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.e
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autocompress  # noqa: F401  (registers the techniques)
+from autocompress.agent import engine
 from autocompress.space import BoundSpace
 from autocompress.task import Task
 from autocompress.tasks.digits import SPLIT, load_images
-from autocompress.trial import Workshop
+from autocompress.trial import TrialResult, Workshop
 
 N = 48
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -234,3 +239,34 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder is an empty one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def _run_trials(payload: bytes, supply: engine.Supply, *_: Any) -> None:
+    workshop: Workshop = cloudpickle.loads(payload)()
+    while (spec := supply.next()) is not None:
+        try:
+            for event in workshop.run(spec):
+                if isinstance(event, TrialResult):
+                    supply.finished(spec.number, event)
+                elif supply.rung(spec.number, event):
+                    supply.stopped(spec.number)
+                    break
+        except Exception:
+            supply.failed(spec.number, traceback.format_exc())
+
+
+@contextmanager
+def trials_run_here() -> Iterator[None]:
+    """The trials of a search run in this process: for tests of something other than Ray, whose start takes longer than
+    all of a small search."""
+    with (
+        mock.patch.object(engine, "start_ray", return_value=engine.Connection(shared=True)),
+        mock.patch.object(engine, "run_trials", _run_trials),
+    ):
+        yield
+
+
+@pytest.fixture
+def without_ray() -> Iterator[None]:
+    with trials_run_here():
+        yield

@@ -43,6 +43,7 @@ def test_the_trial_of_a_killed_worker_is_run_again(tmp_path: Path, monkeypatch: 
     assert recipes[0] == recipes[1]
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_search_whose_trials_all_fail_ends_early_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "HOPELESS", 2)
     run = tmp_path / "run"
@@ -54,6 +55,7 @@ def test_a_search_whose_trials_all_fail_ends_early_and_resumes(tmp_path: Path, m
     assert len(list(run.glob("trials/*/model.acz"))) == 3
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_what_the_sampler_raises_is_told_and_the_search_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

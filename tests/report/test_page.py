@@ -13,11 +13,13 @@ import autocompress as ac
 from autocompress.errors import RunError
 from autocompress.report.trials import read_trials
 from tests import mini
+from tests.conftest import trials_run_here
 
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> ac.ParetoFront:
-    return ac.search(mini.task(), 6, run=tmp_path_factory.mktemp("page") / "run", workers=1)
+    with trials_run_here():
+        return ac.search(mini.task(), 6, run=tmp_path_factory.mktemp("page") / "run", workers=1)
 
 
 def test_a_search_leaves_a_page_with_every_file_and_every_layer(front: ac.ParetoFront) -> None:
