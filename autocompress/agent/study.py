@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,19 @@ class SearchStudy:
     def _record(self, chosen: dict[str, Any], attributes: dict[str, Any]) -> None:
         """A whole recipe is one line of the journal; Optuna writes one for each parameter that it suggests."""
         self.study.add_trial(
-            optuna.create_trial(
+            # not `optuna.create_trial`, which first compares every distribution with those of older versions
+            FrozenTrial(
+                number=-1,  # this and the next are the study's to give
+                trial_id=-1,
                 state=TrialState.RUNNING,
+                value=None,
+                datetime_start=datetime.now(),
+                datetime_complete=None,
                 params=chosen,
                 distributions=self._distributions,
                 user_attrs=attributes,
+                system_attrs={},
+                intermediate_values={},
             )
         )
 
