@@ -1,4 +1,4 @@
-"""Whole searches: real Ray, real processes, real files."""
+"""Whole searches: real files, and but for what needs none real Ray and real processes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests import mini
 from tests.conftest import small_digits, trials_run_here
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_time_budget_ends_the_search_after_one_trial_at_least(tmp_path: Path) -> None:
     seen: list[ac.Progress] = []
     front = ac.search(mini.slow_task(), time_budget="1s", run=tmp_path / "run", workers=2, listener=seen.append)
