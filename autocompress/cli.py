@@ -151,7 +151,8 @@ def search(
                     listener=view,
                 )
     except KeyboardInterrupt:
-        go_on = f"; finished trials are kept: go on by --resume {view.folder}" if view.folder else ""
+        kept = view.folder and view.folder.is_dir()  # a run that had not begun leaves nothing
+        go_on = f"; finished trials are kept: go on by --resume {view.folder}" if kept else ""
         err.print(f"stopped{go_on}", style="yellow", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:

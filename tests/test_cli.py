@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from autocompress import __version__
+from autocompress.agent import controller
 from autocompress.cli import main
 
 
@@ -165,6 +166,16 @@ finally:
         done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout
+
+
+def test_a_search_that_is_stopped_before_it_began_leaves_nothing(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(controller, "trained", stop)
+    done = cli(in_tmp, "search", "--task", "tests.mini:task", "--quiet")
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert not [*(in_tmp / "runs").iterdir()]
 
 
 def test_version_and_help() -> None:

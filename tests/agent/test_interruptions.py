@@ -53,6 +53,8 @@ def test_a_search_whose_trials_all_fail_ends_early_and_resumes(tmp_path: Path, m
     front = ac.resume(run, task=mini.task(), workers=1)
     assert len(front) >= 1
     assert len(list(run.glob("trials/*/model.acz"))) == 3
+    with pytest.raises(RunError, match="--resume with a larger --budget goes on"):
+        ac.search("tests.mini:hopeless_task", 2, run=tmp_path / "spent", workers=1)
 
 
 @pytest.mark.usefixtures("without_ray")
