@@ -342,7 +342,6 @@ class Controller:
         sent = self._payload()
         self._start_ray()
         fruitless = 0
-        self.pace.start(self.study.finished())
         while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._over():
             before = len(self.study.complete())
             with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._scratch()) as scratch:
@@ -361,16 +360,17 @@ class Controller:
     def _over(self) -> bool:
         """Whether time is up, though the first trial runs in any case, or whatever is tried fails."""
         assert self.study is not None
-        complete = self.study.complete()
-        if not complete and self.failures >= HOPELESS:
+        took = self.study.seconds()
+        if not took and self.failures >= HOPELESS:
             return True
-        return bool(self.study.trials()) and self.pace.late([float(t.user_attrs["seconds"]) for t in complete])
+        return bool(self.study.trials()) and self.pace.late(took)
 
     def _keep_pace(self) -> None:
         """With a budget of time alone, that of trials follows."""
         assert self.study is not None
         if self.settings.get("paced"):
-            self.budget = self.study.budget = self.pace.fits(self.study.finished())
+            workers = 1 + len(self.study.trials(TrialState.RUNNING))
+            self.budget = self.study.budget = self.study.finished() + self.pace.fits(workers, self.study.seconds())
             if isinstance(self.sampler, FrontierSampler):
                 self.sampler.budget = self.budget
 

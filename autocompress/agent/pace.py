@@ -12,20 +12,13 @@ class Pace:
     """seconds: of the whole search, from now; None for no limit."""
 
     def __init__(self, seconds: float | None) -> None:
-        now = time.monotonic()
-        self._deadline = math.inf if seconds is None else now + seconds
-        self._since, self._before = now, 0
-
-    def start(self, finished: int) -> None:
-        """Trials begin now; so many were finished before."""
-        self._since, self._before = time.monotonic(), finished
+        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
 
     def late(self, took: Sequence[float]) -> bool:
         """Whether a trial that began now would end after the deadline. took: seconds of those so far."""
         return time.monotonic() + (statistics.median_high(took) if took else 0.0) > self._deadline
 
-    def fits(self, finished: int) -> int:
-        """Trials in all: what was finished, and as many again as the time left is longer."""
-        now = time.monotonic()
-        left = max(self._deadline - now, 0.0) / max(now - self._since, 1e-3)
-        return finished + round(max(finished - self._before, 1) * left)
+    def fits(self, workers: int, took: Sequence[float]) -> int:
+        """Trials that so many workers can still end. took: seconds of at least one."""
+        left = max(self._deadline - time.monotonic(), 0.0)
+        return math.floor(workers * left / max(statistics.median_high(took), 1e-3))

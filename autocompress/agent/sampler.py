@@ -39,8 +39,10 @@ from autocompress.recipe import Choice
 from autocompress.space import BoundSpace, without_void
 from autocompress.techniques.base import structures, trainings
 
-WALK = 0.5
-"""Share of the budget that the walk may take."""
+WALK, _WALKERS = 0.5, 2
+"""Share of the budget that the walk may take, and workers from which it takes less, by the root of their number: its
+steps cannot wait for each other, so they are long anyway, and the time is better spent from one finished trial to the
+next."""
 _FEWEST, _MOST, _LONGEST = 6, 60, 0.35
 """Steps of the walk of a small and of a large budget, and the smallest share of its bytes that one step leaves."""
 _SHARES = (0.97, 0.9, 0.8, 0.65, 0.5, _LONGEST)
@@ -204,7 +206,7 @@ class FrontierSampler(BaseSampler):
     def propose(
         self, done: Sequence[Point], running: Sequence[FrozenTrial], number: int, rng: random.Random
     ) -> Proposal:
-        first, last, count = self._walk()
+        first, last, count = self._walk(1 + len(running))
         if self.race and self.budget >= _RACE_FROM:
             learning_rate = self.race.next()
             if learning_rate is not None:
@@ -233,7 +235,7 @@ class FrontierSampler(BaseSampler):
         below, above = max(itertools.pairwise(marks), key=lambda pair: pair[1] / pair[0])
         return self._step(done, math.sqrt(below * above), rng, noise=0.5)
 
-    def _walk(self) -> tuple[float, float, int]:
+    def _walk(self, workers: int = 1) -> tuple[float, float, int]:
         """Bytes at which it begins and ends, and its steps: geometric, from light to heavy compression."""
         default, smallest = self._default_bytes, self.profile.smallest_bytes()
         first = min(0.22 * default, self._uniform_bytes)
@@ -242,7 +244,8 @@ class FrontierSampler(BaseSampler):
             last = max(smallest, min(first, self.max_size_bytes) * _ENOUGH)
             first = max(first, last * 1.5)
         first = max(first, last * 1.2)
-        count = min(max(1, round(WALK * self.budget), min(self.budget, _FEWEST)), _MOST)
+        share = WALK / math.sqrt(max(workers / _WALKERS, 1.0))
+        count = min(max(1, round(share * self.budget), min(self.budget, _FEWEST)), _MOST)
         return first, max(last, first * _LONGEST ** (count - 1)), count
 
     def _raced_bytes(self) -> float:
@@ -278,12 +281,15 @@ class FrontierSampler(BaseSampler):
         return Proposal("step", parent, target, parent.as_asked(chosen) if parent else chosen, predicted)
 
     def _improve(self, done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random) -> Proposal:
-        """What is expected to add most to the front, with those that are on their way as if they were finished."""
+        """What is expected to add most to the front, with those that are on their way as if they were finished, and
+        well (a liar heuristic, Ginsbourger et al., 2010), and none of them once more."""
         front, region = self._front(done), self._region(done)
-        pending = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
+        going = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
         points = [(p.size, p.accuracy) for p in front]
-        points += [(t["target_bytes"], t["expected_accuracy"]) for t in pending]
-        proposals = self._proposals(front, done, rng)
+        points += [(told["target_bytes"], told["expected_accuracy"]) for told in going]
+        taken = {(told["move"], told["parent"], told["target_bytes"]) for told in going}
+        every = self._proposals(front, done, rng)
+        proposals = [p for p in every if (p.move, p.parent and p.parent.number, p.target_bytes) not in taken] or every
         steps = [self._as_step(p.move, p.parent, p.target_bytes, region) for p in proposals]
         mean, deviation = self._forecast(done, region)(steps)
         mean += math.log(region.ceiling - self.base_accuracy)
@@ -299,7 +305,7 @@ class FrontierSampler(BaseSampler):
                     break
         elif best.parent is not None:
             best.chosen = best.parent.as_asked(best.chosen)
-        best.expected_accuracy = region.ceiling - math.exp(mean[at])
+        best.expected_accuracy = region.ceiling - math.exp(mean[at] - deviation[at])
         return best
 
     def _proposals(self, front: list[Point], done: Sequence[Point], rng: random.Random) -> list[Proposal]:

@@ -75,6 +75,10 @@ class SearchStudy:
     def complete(self) -> list[FrozenTrial]:
         return self.trials(TrialState.COMPLETE)
 
+    def seconds(self) -> list[float]:
+        """What each complete trial took."""
+        return [float(t.user_attrs["seconds"]) for t in self.complete()]
+
     def finished(self) -> int:
         """Trials that are over; orphans, which are asked again, are not counted."""
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import FrozenTrial
 
 from autocompress.agent.profile import Profile
 from autocompress.agent.samplers import NAMES, check_sampler, make_sampler
@@ -139,21 +140,40 @@ def test_several_workers_do_not_ask_the_same_twice(profile: Profile, outcome: Ou
     assert len(set(asked)) >= 0.9 * len(asked)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_workers_share_the_steps_of_the_walk(workers: int, profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
-    study = study_of(tmp_path, profile, "frontier", 40)
+def asked_by(workers: int, study: SearchStudy, outcome: Outcome, trials: int) -> list[FrozenTrial]:
+    """So many trials of workers that are equally fast."""
     running: list[TrialSpec] = []
-    while len(study.trials()) < 16:
+    while len(study.trials()) < trials:
         while len(running) < workers:
             spec = study.ask()
             assert spec
             running.append(spec)
         spec = running.pop(0)
         study.tell(spec.number, outcome(spec))
-    walk = [t.user_attrs["target_bytes"] for t in study.trials() if t.user_attrs["move"] == "step"][:8]
+    return study.trials()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_share_the_steps_of_the_walk(workers: int, profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    trials = asked_by(workers, study_of(tmp_path, profile, "frontier", 40), outcome, 16)
+    walk = [t.user_attrs["target_bytes"] for t in trials if t.user_attrs["move"] == "step"][:8]
     steps = [smaller / larger for larger, smaller in itertools.pairwise(walk)]
     assert max(steps) < 0.93, "no two of about the same size"
     assert min(steps) > 0.6
+
+
+def test_many_workers_walk_less_and_do_not_all_take_the_same_step(
+    profile: Profile, outcome: Outcome, tmp_path: Path
+) -> None:
+    steps = {}
+    for workers in (2, 8):
+        study = study_of(folder_of(tmp_path, str(workers)), profile, "frontier", 100)
+        trials = [t.user_attrs for t in asked_by(workers, study, outcome, 100)]
+        improving = [(t["move"], t["parent"], t["target_bytes"]) for t in trials if t["expected_accuracy"] is not None]
+        steps[workers] = len(trials) - len(improving)
+        alike = sum(trial in improving[max(number + 1 - workers, 0) : number] for number, trial in enumerate(improving))
+        assert not alike
+    assert steps[8] < steps[2]
 
 
 def test_failing_trials_do_not_stop_the_sampler(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
