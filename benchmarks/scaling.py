@@ -145,7 +145,7 @@ def main() -> None:
     if given.data:
         os.environ["AUTOCOMPRESS_DATA"] = given.data
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    methods = ("frontier", "random", "no-lineage", "no-profile")
+    methods = ("frontier", "no-lineage", "no-profile", "nsga2-learning-rate")
     runs = [json.loads(path.read_text()) for m in methods for path in sorted(RESULTS.glob(f"{given.task}-{m}-*.json"))]
     out = Console(width=140)
     profile = measure_profile(TASKS[given.task])
