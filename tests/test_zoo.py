@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from autocompress.artifact import load, read_artifact
 from autocompress.recipe import Choice
@@ -84,3 +85,42 @@ def test_each_dimension_alone_makes_the_file_smaller(dimension: str, tmp_path: P
     whole = run(workshop, 0, {}).size_bytes
     chosen = {d.key: d.choices[-1] for d in workshop.space if d.name == dimension}
     assert run(workshop, 1, chosen).size_bytes < whole
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+
+
+class Viewing(nn.Module):
+    """Calls `view` on what comes out of convolutions, as PyTorch's own tutorials do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = convolutions(), nn.Linear(4 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.features(x).view(len(x), -1))
+        return out
+
+
+def flat(output: Tensor, target: Tensor) -> Tensor:
+    return (output.flatten(1) - target).square().mean()
+
+
+def viewed(output: Tensor, target: Tensor) -> Tensor:
+    return flat(output.view(len(output), -1), target)
+
+
+@pytest.mark.parametrize("viewing", ["model", "loss", "metric", "nothing"])
+def test_channels_are_last_in_memory_where_nothing_needs_them_otherwise(viewing: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Viewing() if viewing == "model" else convolutions()
+    data = torch.randn(48, 1, 8, 8)
+    batches = [(data, model(data).detach().flatten(1))]
+    metric = viewed if viewing == "metric" else flat
+    loss = viewed if viewing == "loss" else flat
+    task = Task(model, batches, batches, batches, loss=loss, metric=lambda *both: -float(metric(*both)), epochs=2)
+    workshop = workshop_of(task, tmp_path)
+    weight = next(w for w in workshop.original.parameters() if w.shape == (4, 8, 3, 3))
+    assert weight.is_contiguous() == (viewing != "nothing")
+    run(workshop, 0, {d.key: d.choices[-1] for d in workshop.space})
