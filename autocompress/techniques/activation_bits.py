@@ -38,7 +38,8 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.observe(x.detach())
-        low, high = self.low.to(x.dtype), self.high.to(x.dtype)
+        # a layer that is called twice observes again before it is asked for the gradients of this call
+        low, high = (bound.clone().to(x.dtype) for bound in (self.low, self.high))
         step = ((high - low) / (2**self.bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
         scaled = ((torch.minimum(torch.maximum(x, low), high) - low) / step).clamp(0, 2**self.bits - 1)
         quantized: Tensor = straight_through(scaled.round(), scaled) * step + low

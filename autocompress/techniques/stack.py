@@ -93,8 +93,10 @@ def _bent(module: nn.Module, count: int, share: float) -> Stack:
     networks = []
     for number in range(count):
         own = range(number, min(count * rank, len(into)), count)
+        weight = count if own else 0  # a pruned layer can have fewer directions than networks
+        own = own or range(1)
         network = pair(layer, len(out), len(own), bias is not None, nn.PReLU(init=1.0))
-        network.fill(into[own], count * out[:, own], bias)
+        network.fill(into[own], weight * out[:, own], bias)
         networks.append(network)
     return Stack(list(networks))
 

@@ -142,6 +142,13 @@ def test_a_stacked_layer_begins_as_its_truncated_decomposition() -> None:
         assert not torch.allclose(stacked(inputs), factorised(inputs), atol=0.01)
 
 
+def test_a_layer_with_fewer_channels_than_a_stack_has_networks_is_still_what_it_was() -> None:
+    inputs, layer = torch.randn(10, 6, 4, 4), nn.Sequential(nn.Conv2d(6, 1, 3), nn.ReLU())
+    stacked = STRUCTURE.apply(copy.deepcopy(layer), {"0": "stack-3x0.25"}, lambda model: model(inputs))
+    assert len(list(stacked[0].children())) == 3
+    assert torch.allclose(stacked(inputs), layer(inputs), atol=1e-5)
+
+
 def test_an_ensemble_of_narrow_members_learns() -> None:
     torch.manual_seed(0)
     task = small_digits()

@@ -150,6 +150,16 @@ def test_activations_take_two_to_the_bits_values_and_survive_the_file() -> None:
     torch.testing.assert_close(run(fresh), run(model))
 
 
+def test_inputs_of_a_layer_that_runs_again_are_quantised_and_it_learns() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), layer)
+    batch = torch.randn(32, 4)
+    structures()["activation_bits"].apply(model, {"0": 4}, lambda m: m(batch))
+    torch.autograd.backward(model.train()(batch).square().mean())
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 0.98])
 def test_sparsity_zeroes_the_smallest_share(share: float) -> None:
     torch.manual_seed(0)
