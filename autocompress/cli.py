@@ -478,6 +478,8 @@ def spaces() -> None:
 
 
 def main() -> None:
+    # torch's threads spin while they wait for each other, which is minutes instead of seconds on a machine that is busy
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except AutocompressError as error:
