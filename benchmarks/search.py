@@ -303,7 +303,8 @@ def main() -> None:
         draw(tasks, given.plot)
     if not (given.table or given.markdown or given.plot):
         wanted = [job for job in jobs(tasks, given.only or DEFAULT, given.seeds) if not path_of(job).is_file()]
-        began, left = time.monotonic(), (trials := sum(job[3] for job in wanted))
+        trials = left = sum(job[3] for job in wanted)
+        began = time.monotonic()
         with multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=1) as pool:
             for number, ran in enumerate(pool.imap_unordered(run_job, wanted), 1):
                 left -= ran
