@@ -108,7 +108,7 @@ def main() -> None:
         profile = made_up(layers, options, options)
         began = time.perf_counter()
         allowed = {d.key: d.choices for d in profile.space}
-        plan(profile, profile.effects, 0.1 * profile.predict(profile.default()), profile.default(), allowed)
+        plan(profile, profile.effect_table, 0.1 * profile.predict(profile.default()), profile.default(), allowed)
         results[f"plan, {layers} layers x {options * options} choices, seconds"] = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         for where, at in (("memory", None), ("a run's journal", Path(folder))):

@@ -41,6 +41,6 @@ class Journal(JournalFileBackend):
             self._held += json.loads(json.dumps(logs))  # as they will be read from the file
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        if log_number_from < self._written or not self._held:
+        if log_number_from < self._written:
             yield from super().read_logs(log_number_from)
         yield from (self._held or [])[max(log_number_from - self._written, 0) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,36 +18,48 @@ from autocompress.techniques.base import structures
 Chosen = Mapping[str, Choice]
 """key ("site:dimension") -> choice, complete: one for every dimension of the space."""
 Floats = NDArray[np.float64]
+Places = NDArray[np.intp]
 _LEAST = 1e-6
 """Share of a row's bytes that is left of what was dropped: never zero, so that it can be divided by."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """Where a dimension stands among the combinations of its row. digits: int [combinations], the choice that each has;
-    the next choice is `stride` further on."""
+    """Dimensions that have their share in the combinations of a row.
 
-    row: int
-    stride: int
-    digits: NDArray[np.intp]
+    at, rows: int [n], where they stand in the space, and the row of each. strides: int [n], the next choice is so many
+    combinations further on. digits: int [n, combinations], the choice in each.
+    """
+
+    at: Places
+    rows: Places
+    strides: Places
+    digits: Places
 
 
 @dataclass(frozen=True)
-class Scaler:
-    """A dimension that scales bytes. rows: int [n]. factors: float64 [choices, n], each above zero."""
+class Scalers:
+    """Dimensions that scale the bytes of rows, a line for each pair of one and a row that it scales.
 
-    rows: NDArray[np.intp]
+    at: int [scalers], where they stand in the space. first: int [scalers + 1], the first pair of each. of, rows: int
+    [pairs]. factors: float64 [pairs, choices], each above zero; one beyond the choices of a dimension.
+    """
+
+    at: Places
+    first: Places
+    of: Places
+    rows: Places
     factors: Floats
 
 
 class Profile:
     """Predicts the bytes of any recipe and holds the effects of single choices.
 
-    effects: key -> str(choice) -> rise of the output distance. The bytes of a file are those of its header and
-    of rows (one a layer, and one for all vectors that the same channels shape). table: float64
-    [rows, combinations], bytes of a row for each combination of its own choices, coded without training; rows
-    with fewer combinations are filled up with infinity. own, scalers: what each key does to the rows. Keys in neither
-    change no bytes.
+    effects: key -> str(choice) -> rise of the output distance. effect_table: the same as float64 [dimensions, choices],
+    0 where nothing was measured, infinite beyond the choices. The bytes of a file are those of its header and of rows
+    (one a layer, and one for all vectors that the same channels shape). table: float64 [rows, combinations], bytes of a
+    row for each combination of its own choices, coded without training; rows with fewer combinations are filled up with
+    infinity. own, scalers: what dimensions do to the rows. Dimensions in neither change no bytes.
     """
 
     def __init__(self, space: BoundSpace, anatomy: Anatomy, measured: Mapping[str, Any]) -> None:
@@ -56,6 +68,9 @@ class Profile:
         self.header_bytes = float(measured["header_bytes"])
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in space}
         self.places = {d.key: {choice: i for i, choice in enumerate(d.choices)} for d in space}
+        self.effect_table = np.full((len(space), max((len(d.choices) for d in space), default=1)), math.inf)
+        for line, d in zip(self.effect_table, space, strict=True):
+            line[: len(d.choices)] = [self.effects.get(d.key, {}).get(str(choice), 0.0) for choice in d.choices]
         rows: list[list[float]] = []
         strides: list[tuple[str, int, int]] = []
         factors: dict[str, dict[int, Floats]] = {}
@@ -94,33 +109,49 @@ class Profile:
             if f"{MODEL}:vectors" in self.dimensions and vectors[0]:  # not if all are constant
                 scale(f"{MODEL}:vectors", vectors / vectors[0])
         self.table = np.full((len(rows), max(map(len, rows))), math.inf)
-        for at, row in enumerate(rows):
-            self.table[at, : len(row)] = row
+        for line, row in zip(self.table, rows, strict=True):
+            line[: len(row)] = row
+        at = {key: i for i, key in enumerate(self.dimensions)}
         each = np.arange(self.table.shape[1])
-        self.own = {key: Own(row, stride, each // stride % len(self.places[key])) for key, row, stride in strides}
-        self._rows = np.array([own.row for own in self.own.values()], np.intp)
-        self.scalers = {
-            key: Scaler(np.array(list(known)), np.maximum(np.stack(list(known.values()), 1), _LEAST))
-            for key, known in factors.items()
-        }
+        self.own = Own(
+            _places(at[key] for key, _, _ in strides),
+            _places(row for _, row, _ in strides),
+            _places(stride for _, _, stride in strides),
+            _places(each // stride % len(self.places[key]) for key, _, stride in strides).reshape(-1, len(each)),
+        )
+        pairs = [(key, row, by) for key, known in factors.items() for row, by in known.items()]
+        of = np.repeat(np.arange(len(factors)), [len(known) for known in factors.values()])
+        padded = np.ones((len(pairs), self.effect_table.shape[1]))
+        for factor, (_, _, by) in zip(padded, pairs, strict=True):
+            factor[: len(by)] = np.maximum(by, _LEAST)
+        self.scalers = Scalers(
+            _places(at[key] for key in factors),
+            np.searchsorted(of, np.arange(len(factors) + 1)),
+            of,
+            _places(row for _, row, _ in pairs),
+            padded,
+        )
 
-    def combinations(self, chosen: Chosen) -> NDArray[np.intp]:
+    def place(self, chosen: Chosen) -> Places:
+        """int [dimensions]: where the choices of a recipe stand among those of their dimensions."""
+        return _places(places[chosen[key]] for key, places in self.places.items())
+
+    def combinations(self, place: Places) -> Places:
         """int [rows]: the combination that each row has in a recipe."""
         combinations = np.zeros(len(self.table), np.intp)
-        steps = [own.stride * self.places[key][chosen[key]] for key, own in self.own.items()]
-        np.add.at(combinations, self._rows, steps)
+        np.add.at(combinations, self.own.rows, self.own.strides * place[self.own.at])
         return combinations
 
-    def scale(self, chosen: Chosen) -> Floats:
+    def scale(self, place: Places) -> Floats:
         """float64 [rows]: what other dimensions multiply the bytes of each row by."""
-        scale = np.ones(len(self.table))
-        for key, scaler in self.scalers.items():
-            scale[scaler.rows] *= scaler.factors[self.places[key][chosen[key]]]
+        scale, known = np.ones(len(self.table)), self.scalers
+        np.multiply.at(scale, known.rows, known.factors[np.arange(len(known.of)), place[known.at[known.of]]])
         return scale
 
     def predict(self, chosen: Chosen) -> float:
         """Bytes of the file of this recipe, before any training."""
-        rows = self.table[np.arange(len(self.table)), self.combinations(chosen)] * self.scale(chosen)
+        place = self.place(chosen)
+        rows = self.table[np.arange(len(self.table)), self.combinations(place)] * self.scale(place)
         return self.header_bytes + float(rows.sum())
 
     def default(self) -> dict[str, Choice]:
@@ -129,7 +160,11 @@ class Profile:
 
     def smallest_bytes(self) -> float:
         """About the smallest file that the space can reach: every dimension at its cheapest choice."""
-        scale = np.ones(len(self.table))
-        for scaler in self.scalers.values():
-            scale[scaler.rows] *= scaler.factors[scaler.factors.sum(1).argmin()]
-        return self.header_bytes + float((self.table.min(1) * scale).sum())
+        place, known = np.zeros(len(self.space), np.intp), self.scalers
+        spent = np.add.reduceat(known.factors, known.first[:-1])
+        place[known.at] = np.where(np.isfinite(self.effect_table[known.at]), spent, np.inf).argmin(1)
+        return self.header_bytes + float((self.table.min(1) * self.scale(place)).sum())
+
+
+def _places(places: Iterable[Any]) -> Places:
+    return np.array(list(places), np.intp)

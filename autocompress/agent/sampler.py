@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autocompress.agent.acquisition import Region, expected_improvement
 from autocompress.agent.forecast import MOVES, BytesForecast, Forecast, Step
 from autocompress.agent.planner import plan
-from autocompress.agent.profile import Profile
+from autocompress.agent.profile import Floats, Profile
 from autocompress.agent.race import RACE, Race, has_learning_rates
 from autocompress.errors import SamplerError
 from autocompress.front import non_dominated
@@ -145,6 +145,7 @@ class FrontierSampler(BaseSampler):
         self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions = profile.dimensions
+        self._at = {key: i for i, key in enumerate(self.dimensions)}
         self._sites = sorted({d.site for d in profile.space})
         self._default_bytes = profile.predict(profile.default())
         self._random = RandomSampler(seed=seed)
@@ -443,22 +444,23 @@ class FrontierSampler(BaseSampler):
             self._ratios[point.number] = point.size / self.profile.predict(point.reached)
         return self._ratios[point.number]
 
-    def _effects(self, parent: Point | None, rng: random.Random, noise: float) -> dict[str, dict[str, float]]:
-        """Effects of the profile, scaled per dimension by what was probed at the parent's weights."""
-        out = {}
-        for key, base in self.profile.effects.items():
-            present = str(parent.reached[key]) if parent else None
-            zero = base.get(present, 0.0) if present is not None else 0.0
-            scale = 1.0
-            probed = parent.effects.get(key, {}) if parent else {}
-            for choice, effect in probed.items():
-                rise = max(base.get(choice, 0.0) - zero, 1e-5)
-                scale = min(max((effect + 1e-5) / rise, 0.02), 50.0)
-            scale *= math.exp(noise * rng.gauss(0, 1))
-            out[key] = {
-                c: max(e - zero, -zero * 0.5) * scale + (0.0 if c == present else 1e-6) for c, e in base.items()
-            }
-        return out
+    def _effects(self, parent: Point | None, rng: random.Random, noise: float) -> Floats:
+        """float64 [dimensions, choices]: those of the profile, scaled per dimension by what was probed at the parent's
+        weights."""
+        effects, scale = self.profile.effect_table, np.ones(len(self.dimensions))
+        least, zero = np.full(effects.shape, 1e-6), np.zeros(len(effects))
+        if parent:
+            present = np.arange(len(effects)), self.profile.place(parent.reached)
+            least[present], zero = 0.0, effects[present]
+        for key, known in self.profile.effects.items():
+            at = self._at[key]
+            for choice, effect in (parent.effects.get(key, {}) if parent else {}).items():
+                foreseen = max(known.get(choice, 0.0) - zero[at], 1e-5)
+                scale[at] = min(max((effect + 1e-5) / foreseen, 0.02), 50.0)
+            scale[at] *= math.exp(noise * rng.gauss(0, 1))
+        rises: Floats = np.maximum(effects - zero[:, None], -zero[:, None] * 0.5) * scale[:, None]
+        rises += least
+        return rises
 
     def _allowed(self, parent: Point | None, both_ways: bool) -> dict[str, tuple[Choice, ...]]:
         """Choices within reach of the parent's: heavier ones, and lighter ones when refining."""

@@ -28,7 +28,7 @@ def test_predicted_bytes_are_near_the_file_before_training(profile: Profile, tmp
     for number, wanted in enumerate((0.6, 0.3, 0.1)):
         target = wanted * profile.predict(profile.default())
         allowed = {d.key: d.choices for d in profile.space}
-        chosen = plan(profile, profile.effects, target, profile.default(), allowed)
+        chosen = plan(profile, profile.effect_table, target, profile.default(), allowed)
         recipe = profile.space.recipe(chosen)
         *_, result = workshop.run(TrialSpec(number, recipe.to_json()))
         assert isinstance(result, TrialResult)
@@ -49,14 +49,14 @@ def test_every_heavier_choice_of_bytes_is_predicted_smaller(profile: Profile) ->
 def test_the_plan_meets_its_target(profile: Profile, share: float) -> None:
     allowed = {d.key: d.choices for d in profile.space}
     target = max(share * profile.predict(profile.default()), profile.smallest_bytes() * 1.01)
-    chosen = plan(profile, profile.effects, target, profile.default(), allowed)
+    chosen = plan(profile, profile.effect_table, target, profile.default(), allowed)
     assert profile.predict(chosen) <= target * 1.0001
     assert all(chosen[d.key] in d.choices for d in profile.space)
 
 
 def test_what_is_not_allowed_stays(profile: Profile) -> None:
     only = next(d for d in profile.space if d.name == "weights")
-    chosen = plan(profile, profile.effects, 1.0, profile.default(), {only.key: only.choices})
+    chosen = plan(profile, profile.effect_table, 1.0, profile.default(), {only.key: only.choices})
     assert {k for k, v in chosen.items() if v != profile.default()[k]} == {only.key}
 
 
@@ -65,7 +65,7 @@ def test_one_dimension_is_a_space(choices: str) -> None:
     task = small_digits()
     space = SearchSpace.parse(f"{{layers: {{'*': {{{choices}}}}}}}")
     narrow = profile_of(task, space)
-    chosen = plan(narrow, narrow.effects, 1.0, narrow.default(), {d.key: d.choices for d in narrow.space})
+    chosen = plan(narrow, narrow.effect_table, 1.0, narrow.default(), {d.key: d.choices for d in narrow.space})
     assert all(chosen[d.key] == d.choices[-1] for d in narrow.space)
     assert narrow.predict(chosen) == pytest.approx(narrow.smallest_bytes())
 
@@ -85,7 +85,7 @@ def test_the_plan_is_near_the_best_of_all_recipes(profile: Profile) -> None:
     sizes = sorted(profile.predict(c) for c in every)
     for target in sizes[len(sizes) // 4 :: len(sizes) // 4]:
         best = min(effect(c) for c in every if profile.predict(c) <= target)
-        chosen = plan(profile, profile.effects, target, start, {d.key: d.choices for d in dims})
+        chosen = plan(profile, profile.effect_table, target, start, {d.key: d.choices for d in dims})
         assert profile.predict(chosen) <= target * 1.0001
         assert effect(chosen) <= 1.2 * best + 1e-4
 
@@ -117,7 +117,7 @@ def test_a_large_plan_is_near_the_bound_of_its_relaxation() -> None:
     free = {key: choices for key, choices in allowed.items() if not key.endswith("channels")}
     whole = profile.predict(profile.default())
     for share in (0.5, 0.2, 0.08):
-        chosen = plan(profile, profile.effects, share * whole, profile.default(), free)
+        chosen = plan(profile, profile.effect_table, share * whole, profile.default(), free)
         assert profile.predict(chosen) <= share * whole
         effect = sum(profile.effects[key][str(chosen[key])] for key in free)
         bound = 0.0
@@ -138,7 +138,7 @@ def test_groups_of_channels_are_used_where_they_pay() -> None:
     target = 0.3 * profile.predict(profile.default())
     effect = {}
     for name, keys in (("without", [k for k in allowed if "channels" not in k]), ("with", list(allowed))):
-        chosen = plan(profile, profile.effects, target, profile.default(), {k: allowed[k] for k in keys})
+        chosen = plan(profile, profile.effect_table, target, profile.default(), {k: allowed[k] for k in keys})
         assert profile.predict(chosen) <= target
         effect[name] = sum(profile.effects[key][str(choice)] for key, choice in chosen.items())
     assert effect["with"] < 0.95 * effect["without"]
