@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,7 @@ class Scalers:
 class Profile:
     """Predicts the bytes of any recipe and holds the effects of single choices.
 
-    effects: key -> str(choice) -> rise of the output distance. effect_table: the same as float64 [dimensions, choices],
-    0 where nothing was measured, infinite beyond the choices. The bytes of a file are those of its header and of rows
+    effects: key -> str(choice) -> rise of the output distance. The bytes of a file are those of its header and of rows
     (one a layer, and one for all vectors that the same channels shape). table: float64 [rows, combinations], bytes of a
     row for each combination of its own choices, coded without training; rows with fewer combinations are filled up with
     infinity. own, scalers: what dimensions do to the rows. Dimensions in neither change no bytes.
@@ -68,9 +68,6 @@ class Profile:
         self.header_bytes = float(measured["header_bytes"])
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in space}
         self.places = {d.key: {choice: i for i, choice in enumerate(d.choices)} for d in space}
-        self.effect_table = np.full((len(space), max((len(d.choices) for d in space), default=1)), math.inf)
-        for line, d in zip(self.effect_table, space, strict=True):
-            line[: len(d.choices)] = [self.effects.get(d.key, {}).get(str(choice), 0.0) for choice in d.choices]
         rows: list[list[float]] = []
         strides: list[tuple[str, int, int]] = []
         factors: dict[str, dict[int, Floats]] = {}
@@ -121,7 +118,7 @@ class Profile:
         )
         pairs = [(key, row, by) for key, known in factors.items() for row, by in known.items()]
         of = np.repeat(np.arange(len(factors)), [len(known) for known in factors.values()])
-        padded = np.ones((len(pairs), self.effect_table.shape[1]))
+        padded = np.ones((len(pairs), max((len(d.choices) for d in space), default=1)))
         for factor, (_, _, by) in zip(padded, pairs, strict=True):
             factor[: len(by)] = np.maximum(by, _LEAST)
         self.scalers = Scalers(
@@ -131,6 +128,14 @@ class Profile:
             _places(row for _, row, _ in pairs),
             padded,
         )
+
+    @cached_property
+    def effect_table(self) -> Floats:
+        """The effects as float64 [dimensions, choices], 0 where nothing was measured, infinite beyond the choices."""
+        table = np.full((len(self.space), max((len(d.choices) for d in self.space), default=1)), math.inf)
+        for line, d in zip(table, self.space, strict=True):
+            line[: len(d.choices)] = [self.effects.get(d.key, {}).get(str(choice), 0.0) for choice in d.choices]
+        return table
 
     def place(self, chosen: Chosen) -> Places:
         """int [dimensions]: where the choices of a recipe stand among those of their dimensions."""
