@@ -19,7 +19,7 @@ from torch_pruning.dependency.group import Group
 
 from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
-from autocompress.replacement import Dropped, Replacement, channel_makers
+from autocompress.replacement import Dropped, Elementwise, Replacement, channel_makers
 from autocompress.surgery import owners, resizable, tensors
 from autocompress.task import leaves
 
@@ -291,7 +291,9 @@ class ChannelGraph:
         def outputs(module: nn.Module, _: Any) -> list[Tensor]:
             return [leaf for leaf in leaves(run(module)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
-        with _quiet(), _mended(), torch.enable_grad():
+        # what they compute would be followed operation by operation, through the sorting and reshaping of it, too
+        passed = ((module, _input) for module in model.modules() if isinstance(module, Elementwise))
+        with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed):
             self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
@@ -374,6 +376,10 @@ class ChannelGraph:
         root = self.groups[name][0].dep
         with _quiet(), _mended():
             self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
+
+
+def _input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return args[0]
 
 
 def _shape_of(output: Any) -> Any:

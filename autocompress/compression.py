@@ -86,6 +86,9 @@ class Candidate:
         recipe = Recipe.of(without_void(recipe.as_dict()))
         self.anatomy, self.recipe, self.run = anatomy, recipe, run
         model = copy.deepcopy(original).eval()
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = False  # gradients that any optimizer and any technique takes
         parent = dict(state or {})
         learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}
         choices = {k.rpartition("|")[0]: k.rpartition("|")[2] for k in learned}

@@ -24,6 +24,10 @@ class Replacement(nn.Module):
     hidden: ClassVar[frozenset[str]] = frozenset()
 
 
+class Elementwise(nn.Module):
+    """What a technique does to the values of one tensor; each stays in its place, and so do channels."""
+
+
 class Dropped(Replacement):
     """Nothing in place of a module: what comes in goes out."""
 

@@ -142,8 +142,8 @@ def batch_size(batch: Batch) -> int:
 
 
 def is_batched(leaf: Any, size: int) -> bool:
-    """Whether it is a tensor with a row for each of `size` samples."""
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size
+    """Whether it is a dense tensor with a row for each of `size` samples."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.ndim > 0 and len(leaf) == size
 
 
 def first_samples(batch: Batch, count: int) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -19,8 +19,8 @@ from autocompress.divergence import divergence
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice
-from autocompress.task import Calibration, Task, batch_size, device_of, to_device
-from autocompress.techniques.base import IntegerCoding, IntegerWeights, TrainingTechnique, trainings
+from autocompress.task import Batch, Calibration, Task, batch_size, device_of, to_device
+from autocompress.techniques.base import IntegerCoding, IntegerWeights, Term, TrainingTechnique, trainings
 
 DISTILLATION = 0.5
 """Share of the distillation loss; the rest is the task's own loss."""
@@ -100,23 +100,14 @@ def fine_tune(
                 rate.refresh()
             batch = to_device(batch, device)
             candidate.materialise(keep_graph=True)
-            with ExitStack() as stack:
-                for name, technique in trainings().items():
-                    stack.enter_context(technique.autocast(choices[name], device))
-                with torch.no_grad():
-                    reference, _ = task.run(teacher, batch)
+            with ExitStack() as watching:  # until the gradients are there: checkpointed blocks run once more for them
                 for term in terms:
-                    stack.enter_context(term)
-                output, target = task.run(model, batch)
-            loss = (1 - DISTILLATION) * task.loss(_float(output), target)
-            loss = loss + DISTILLATION * divergence(output, reference, target, TEMPERATURE).to(loss.device)
-            if terms:
-                drift = divergence(output, reference, target).to(loss.device)
-                loss = loss + torch.stack([term.loss(drift) for term in terms]).sum()
-            if not math.isfinite(float(loss.detach())):
-                raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
-            optimizer.zero_grad()
-            torch.autograd.backward(scaler.scale(loss))
+                    watching.enter_context(term)
+                loss = _loss(task, model, teacher, batch, choices, terms)
+                if not math.isfinite(float(loss.detach())):
+                    raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
+                optimizer.zero_grad()
+                torch.autograd.backward(scaler.scale(loss))
             candidate.backpropagate()
             if penalty and rate.tables:  # floats alone have nothing to be priced
                 torch.autograd.backward(scaler.scale(penalty * rate.bits().clamp_min(1.0).log2()))
@@ -128,6 +119,30 @@ def fine_tune(
         candidate.materialise()
         model.eval()
         yield epoch
+
+
+def _loss(
+    task: Task,
+    model: nn.Module,
+    teacher: nn.Module,
+    batch: Batch,
+    choices: Mapping[str, Choice],
+    terms: Sequence[Term],
+) -> Tensor:
+    """The task's own, that of distillation, and the terms, which watch the model."""
+    device = device_of(model)
+    with ExitStack() as stack:
+        for name, technique in trainings().items():
+            stack.enter_context(technique.autocast(choices[name], device))
+        with torch.no_grad():
+            reference, _ = task.run(teacher, batch)
+        output, target = task.run(model, batch)
+    loss = (1 - DISTILLATION) * task.loss(_float(output), target)
+    loss = loss + DISTILLATION * divergence(output, reference, target, TEMPERATURE).to(loss.device)
+    if terms:
+        drift = divergence(output, reference, target).to(loss.device)
+        loss = loss + torch.stack([term.loss(drift) for term in terms]).sum()
+    return loss
 
 
 def step_costs(candidate: Candidate, calibration: Calibration) -> dict[str, dict[str, float]]:

@@ -87,6 +87,8 @@ def test_batches_of_any_kind_are_moved_and_keep_their_types() -> None:
     assert not batch.x.is_meta
     few = first_samples(batch, 2)
     assert (few.x.shape, few.more[0].left.shape) == ((2, 2), (2,))
+    graph = torch.eye(3).to_sparse()
+    assert first_samples((torch.zeros(3, 2), graph), 2)[1] is graph, "what is no row for each sample cannot be cut"
 
 
 def test_structure_is_read_from_few_samples_where_the_model_runs_with_them() -> None:

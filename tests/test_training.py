@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autocompress.artifact import load, pack
 from autocompress.compression import Candidate
@@ -48,6 +49,34 @@ def test_the_masks_and_codes_hold_after_fine_tuning() -> None:
     assert (first == 0).float().mean() >= 0.8 - 1 / first.numel()
     assert (second == 0).float().mean() == pytest.approx(0.5, abs=0.01)
     assert len(first.unique()) <= 16
+
+
+class Words(nn.Module):
+    """Its table has sparse gradients, and its body is run again for its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 16, sparse=True)
+        self.body, self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.body, self.table(x).mean(1), use_reentrant=False)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4"])
+def test_sparse_gradients_and_checkpointed_blocks(weights: str) -> None:
+    torch.manual_seed(0)
+    model, words = Words(), torch.randint(0, 50, (64, 5))
+    data = [(words, model(words).argmax(1))]
+    task = Task(model, data, data, data, epochs=6, learning_rate=0.01)
+    candidate = candidate_of(task, {"table:weights": weights, "model:activity_penalty": "l1-0.001"})
+    before = candidate.layers["table"].dense.clone()
+    for _ in fine_tune(task, candidate, task.build(), 6):
+        pass
+    assert not torch.equal(candidate.layers["table"].dense, before)
+    assert model.table.sparse, "the user's own model is as it was"
 
 
 def test_sparsity_rises_from_the_parents() -> None:

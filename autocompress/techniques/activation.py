@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
+from autocompress.replacement import Elementwise
 from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register
 
 _KEEP = "keep"
 
 
-class FittedActivation(nn.Module, ABC):
+class FittedActivation(Elementwise, ABC):
     """An activation whose parameters are set from what it stands in for, and trained further."""
 
     @abstractmethod

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
+from autocompress.replacement import Elementwise
 from autocompress.task import Calibration, device_of
 from autocompress.techniques.base import StructureTechnique, register, straight_through
 from autocompress.techniques.clipping import ActivationClipping, clip_range
@@ -25,7 +26,7 @@ from autocompress.techniques.clipping import ActivationClipping, clip_range
 SUBMODULE = "input_quantizer"
 
 
-class InputQuantizer(nn.Module):
+class InputQuantizer(Elementwise):
     """Rounds a float tensor of any shape to 2^bits levels between `low` and `high`, float32 scalars."""
 
     def __init__(self, bits: int) -> None:

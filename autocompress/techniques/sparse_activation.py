@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from autocompress.replacement import Elementwise
 from autocompress.techniques.activation import FittedActivation, offer
 
 _SAMPLE = 1 << 20
@@ -35,7 +36,7 @@ class ThresholdedReLU(FittedActivation):
         return torch.where(x > self.threshold.to(x.dtype), x, 0)
 
 
-class TopK(nn.Module):
+class TopK(Elementwise):
     """Keeps the largest `share` of the values of each sample (all dimensions but the first)."""
 
     def __init__(self, share: float) -> None:

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, Block, ChannelGraph, read_anatomy
 from autocompress.replacement import Replacement
-from autocompress.task import Calibration
+from autocompress.task import Calibration, leaves, map_leaves
 from autocompress.techniques.importance import importance
 from autocompress.techniques.lowrank import KINDS, LowRank, factors, pair, rank_of, weights_saved
 from autocompress.techniques.structure import Structure, offer
@@ -35,8 +37,16 @@ class Stack(Replacement):
         for number, module in enumerate(copies):
             self.add_module(str(number), module)
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        return torch.stack([module(*args, **kwargs) for module in self.children()]).mean(0)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = [module(*args, **kwargs) for module in self.children()]
+        means = (_mean(each) for each in zip(*map(leaves, outputs), strict=True))
+        return map_leaves(outputs[0], lambda leaf: next(means))
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Of tensors of floats; of anything else the first."""
+    floats = isinstance(values[0], Tensor) and values[0].is_floating_point()
+    return torch.stack(list(values)).mean(0) if floats else values[0]
 
 
 class Narrow(Structure):

@@ -232,6 +232,31 @@ def test_children_follow_their_parents(before: str, after: str) -> None:
     torch.testing.assert_close(outputs(task, decoded), outputs(task, child.model), rtol=1e-3, atol=1e-4)
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.act = nn.Linear(8, 32), nn.ReLU()
+        self.kind, self.place = nn.Linear(32, 3), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        hidden = self.act(self.body(x))
+        return {"kind": self.kind(hidden), "boxes": [self.place(hidden)], "count": len(x)}
+
+
+def test_members_of_an_ensemble_may_say_several_things() -> None:
+    torch.manual_seed(0)
+    model, data = TwoHeads().eval(), [(torch.randn(16, 8), torch.zeros(16))]
+    loss = lambda out, target: out["kind"].square().mean() + out["boxes"][0].square().mean()  # noqa: E731
+    workshop = workshop_of(Task(model, data, data, data, loss=loss, metric=lambda out, target: -float(loss(out, 0))))
+    ensemble = candidate_of(workshop, {"model:structure": "stack-2"}).model
+    output = ensemble(data[0][0])
+    members = [member(data[0][0]) for member in ensemble.children()]
+    assert len(members) == 2
+    torch.testing.assert_close(output["kind"], (members[0]["kind"] + members[1]["kind"]) / 2)
+    torch.testing.assert_close(output["boxes"][0], (members[0]["boxes"][0] + members[1]["boxes"][0]) / 2)
+    assert output["count"] == 16
+
+
 def test_a_parts_layer_can_lose_channels() -> None:
     """The outputs of a factorised layer are channels as those of any other."""
     workshop = workshop_of(zoo_task("mlp"))

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.anatomy import read_anatomy
+from autocompress.anatomy import ChannelGraph, read_anatomy
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
 from autocompress.task import Calibration, Task
 from autocompress.techniques.base import Technique, maskings, structures, trainings
 from autocompress.techniques.channels import kept_channels
+from autocompress.techniques.importance import importance
 from tests.conftest import ZOO, zoo_task
 
 CHANNELS, ACTIVATION, ACTIVATION_BITS = (structures()[n] for n in ("channels", "activation", "activation_bits"))
@@ -39,6 +40,20 @@ def test_channels_are_removed_and_the_output_keeps_its_shape(any_task: Task) -> 
     again = copy.deepcopy(model)
     CHANNELS.apply(again, {g.name: kept_channels(g.channels, 0.5) for g in anatomy.groups}, run)
     assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_channels_are_the_same_behind_what_a_technique_put_on_the_values(name: str) -> None:
+    """Also where that sorts and reshapes them, in a model that joins channels."""
+    task = zoo_task(name)
+    run, model = run_of(task), task.build()
+    anatomy = read_anatomy(model, run)
+    ACTIVATION.apply(model, dict.fromkeys(anatomy.activations, "topk-0.5"), run)
+    ACTIVATION_BITS.apply(model, dict.fromkeys(anatomy.inputs, 8), run)
+    graph = ChannelGraph(model, run)
+    for group in anatomy.groups:
+        assert graph.channels(group.name) == group.channels
+        assert len(importance("l2", graph, group.name, run)) == group.channels
 
 
 def test_the_weakest_channels_go_first() -> None:
