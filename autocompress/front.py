@@ -76,7 +76,7 @@ class FrontPoint:
         return Recipe.from_json(self.recipe)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParetoFront:
     """Non-dominated trials of a run, sorted by size. Accuracy here is the validation accuracy;
     the test accuracy is only reported.
@@ -94,6 +94,15 @@ class ParetoFront:
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def __repr__(self) -> str:
+        """The table, as text."""
+        from rich.console import Console
+
+        console = Console(width=100)
+        with console.capture() as shown:
+            console.print(self.table())
+        return shown.get()
 
     def best(self, max_size: str | int | None = None, min_accuracy: float | None = None) -> FrontPoint:
         """The most accurate point of at most `max_size`, or the smallest of at least `min_accuracy`.

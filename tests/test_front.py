@@ -47,6 +47,13 @@ def test_hypervolume_never_falls(points: list[tuple[int, int]], extra: tuple[int
     assert hypervolume([*points, extra], 64, 0) >= hypervolume(points, 64, 0) - 1e-9
 
 
+def test_a_front_shows_its_table() -> None:
+    shown = str(front((1000, 0.8), (5000, 0.95)))
+    assert "float32 state_dict" in shown
+    assert shown.index("1/20") < shown.index("1/100")
+    assert "trials/1/model.acz" in shown
+
+
 def test_best_within_constraints() -> None:
     f = front((1000, 0.8), (5000, 0.95), (20000, 0.98))
     assert f.best(max_size="6KB").size_bytes == 5000

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from autocompress.errors import TaskError
 from autocompress.space import BoundSpace
@@ -37,13 +40,28 @@ def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, fol
 
     Raises TaskError when the task cannot be pickled.
     """
-    import cloudpickle
-
-    model = cloudpickle.dumps(copy.deepcopy(original).cpu())
+    model = _pickled(copy.deepcopy(original).cpu())
     plan = _Plan(task.name if named else task, model, space, str(folder.resolve()), seed)
     try:
-        return bytes(cloudpickle.dumps(plan))
+        return _pickled(plan)
     except Exception as error:
         raise TaskError(
             f"task {task.name!r} cannot be sent to workers ({error}); name it as package.module:function instead"
         ) from error
+
+
+def _pickled(value: Any) -> bytes:
+    """cloudpickle of `value`; loaders whose own workers are running (`persistent_workers`) go without them."""
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, DataLoader) and obj._iterator is not None:
+                idle = copy.copy(obj)
+                idle._iterator = None
+                return idle.__reduce_ex__(2)
+            return super().reducer_override(obj)
+
+    written = io.BytesIO()
+    Pickler(written).dump(value)
+    return written.getvalue()
