@@ -73,6 +73,7 @@ def options(
 
 @app.command()
 def search(
+    context: typer.Context,
     task: TaskOption = "digits",
     space: Annotated[
         str,
@@ -122,6 +123,8 @@ def search(
     from autocompress.agent.run_folder import REPORT
     from autocompress.report.live import LiveView
 
+    if resume is not None:
+        _refuse(context, "task", "space", "seed", "run", "sampler", "max_size", "min_accuracy")
     view = LiveView(err, shown=not (quiet or as_json))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it, it ends as by Ctrl-C
     try:
@@ -168,6 +171,17 @@ def search(
             soft_wrap=True,
         )
         _print_asked(front)
+
+
+def _refuse(context: typer.Context, *names: str) -> None:
+    """What was given, and is a run's for good."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [f"--{n.replace('_', '-')}" for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        raise RunError(
+            f"{' and '.join(given)} cannot be given with --resume, which goes on as the run began: leave it out, "
+            "or start a new run"
+        )
 
 
 def _print_asked(front: ParetoFront) -> None:

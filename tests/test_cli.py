@@ -203,6 +203,7 @@ def test_version_and_help() -> None:
         ("search --task tests.mini:task --max-size 10B", "the smallest is about"),
         ("search --task tests.mini:task --min-accuracy 95", "minimum accuracy 95 cannot be reached"),
         ("search --run demo", "run 'runs/demo' exists"),
+        ("search --resume demo --max-size 2KB", "--max-size cannot be given with --resume"),
         ("search --resume dema", "did you mean 'demo'?"),
         ("show nothing", "there is no run 'nothing'"),
         ("evaluate none.acz", "cannot read 'none.acz': No such file"),
