@@ -1,5 +1,5 @@
 from . import techniques as techniques
-from .agent.controller import Progress, profile, resume, search
+from .agent.controller import Progress
 from .agent.profile import Profile
 from .agent.sampler import FrontierSampler
 from .artifact import Artifact, load, read_artifact
@@ -8,6 +8,7 @@ from .evaluation import Evaluation, evaluate
 from .exporting import Exported, export
 from .front import FrontPoint, ParetoFront
 from .recipe import Recipe
+from .searching import profile, resume, search
 from .space import SearchSpace
 from .task import Task
 from .trial import Workshop

@@ -119,7 +119,7 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Search for the front of size versus accuracy and write its files into a run folder."""
-    from autocompress.agent import controller
+    from autocompress import searching
     from autocompress.agent.run_folder import REPORT
     from autocompress.report.live import LiveView
 
@@ -130,7 +130,7 @@ def search(
     try:
         with view:
             if resume is not None:
-                front = controller.resume(
+                front = searching.resume(
                     resume,
                     budget=budget,
                     time_budget=time_budget,
@@ -139,7 +139,7 @@ def search(
                     listener=view,
                 )
             else:
-                front = controller.search(
+                front = searching.search(
                     task,
                     budget,
                     space,
@@ -440,12 +440,12 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Try every choice alone, without training: how much does each layer feel it? A table and a heat map."""
-    from autocompress.agent import controller
+    from autocompress import searching
     from autocompress.report.plot import check_picture, plot_profile
     from autocompress.report.sensitivity import sensitivity_table
 
     check_picture(output)
-    measured = controller.profile(task, space)
+    measured = searching.profile(task, space)
     if as_json:
         print_json(measured.effects)
         return

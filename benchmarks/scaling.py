@@ -29,10 +29,10 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import cross_val_predict
 
 import autocompress as ac
-from autocompress.agent.controller import profile as measure_profile
 from autocompress.agent.sampler import distributions
 from autocompress.front import hypervolume
 from autocompress.recipe import Choice
+from autocompress.searching import profile as measure_profile
 from benchmarks.search import DIGITS, RESULTS, TASKS, worst_accuracy
 
 OUT = Path(__file__).parent / "results" / "scaling.json"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from optuna.trial import TrialState
@@ -26,24 +25,20 @@ from autocompress.agent.payload import payload
 from autocompress.agent.profile import Profile
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.agent.results import Results
-from autocompress.agent.run_config import read_config, write_config
-from autocompress.agent.run_folder import BASE, LOG, PROFILE, create_run, existing_run
+from autocompress.agent.run_folder import BASE, LOG, PROFILE
 from autocompress.agent.sampler import FrontierSampler
-from autocompress.agent.samplers import check_sampler, make_sampler
+from autocompress.agent.samplers import make_sampler
 from autocompress.agent.scheduler import is_dominated
-from autocompress.agent.study import JOURNAL, SearchStudy
-from autocompress.durations import parse_duration
-from autocompress.errors import RunError, TargetError
+from autocompress.agent.study import SearchStudy
+from autocompress.errors import TargetError
 from autocompress.files import write_file
 from autocompress.front import Base, ParetoFront
-from autocompress.sizes import format_size, parse_size
+from autocompress.sizes import format_size
 from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors
-from autocompress.task import Task, check_task, fastest_device, load_task, measure
+from autocompress.task import Task, check_task, fastest_device, measure
 from autocompress.trial import Rung, TrialResult, TrialSpec, Workshop, seed_everything
 
-Sampler = Literal["frontier", "tpe", "nsga2", "gp", "random"]
-_BUDGET = 50
 _MANY = 1_000_000
 WORTH_WORKERS = 10
 """Seconds that a profile takes at least, for workers to be started to measure it."""
@@ -70,104 +65,6 @@ class Progress:
 Listener = Callable[[Progress], object]
 
 
-def search(
-    task: Task | str,
-    budget: int | None = None,
-    space: SearchSpace | str | Path = "default",
-    *,
-    time_budget: str | float | None = None,
-    seed: int = 0,
-    run: str | Path | None = None,
-    workers: int | None = None,
-    sampler: Sampler = "frontier",
-    max_size: str | int | None = None,
-    min_accuracy: float | None = None,
-    address: str | None = None,
-    listener: Listener | None = None,
-) -> ParetoFront:
-    """Search the joint space of `task` and return the front of size and accuracy.
-
-    budget: length of the search in whole trials; one that is stopped halfway counts half. By default 50, or
-    with `time_budget` as many as fit. time_budget: seconds, "30m" or "1h30m"; no trial but the first begins that
-    would end later. run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
-    time; by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
-    validation accuracy; both focus the search. address: of a Ray cluster to run trials on, "auto" or "host:port", whose
-    nodes share the run folder; by default a private Ray on this machine. The same seed with one worker and a budget in
-    trials gives the same front.
-
-    Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
-    """
-    given = load_task(task) if isinstance(task, str) else task
-    _check_budget(budget, workers)
-    check_sampler(sampler)
-    seconds = None if time_budget is None else parse_duration(time_budget)
-    limit = None if max_size is None else parse_size(max_size)
-    rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
-    settings = {
-        "task": given.name,
-        "budget": budget or _BUDGET,
-        "paced": budget is None and seconds is not None,
-        "time_budget_seconds": seconds,
-        "seed": seed,
-        "workers": workers,
-        "sampler": sampler,
-        "max_size_bytes": limit,
-        "min_accuracy": min_accuracy,
-    }
-    folder = create_run(run, given.name)
-    try:
-        controller = Controller(folder, given, rules, settings, listener, isinstance(task, str), address)
-        write_config(folder, rules, settings)
-    except BaseException:
-        if not (folder / JOURNAL).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return controller.run()
-
-
-def resume(
-    run: str | Path,
-    *,
-    task: Task | None = None,
-    budget: int | None = None,
-    time_budget: str | float | None = None,
-    workers: int | None = None,
-    address: str | None = None,
-    listener: Listener | None = None,
-) -> ParetoFront:
-    """Go on with a run after a crash, a kill, or with a larger `budget`; finished trials are kept.
-
-    time_budget: of what is to come; by default that of the run. task: needed when the run was started with a Task
-    object instead of a name. address: as in `search`; where a run goes on need not be where it began.
-    """
-    _check_budget(budget, workers)
-    folder = existing_run(run)
-    rules, settings = read_config(folder)
-    if task is None and settings["task"] == "custom":
-        raise RunError(f"run {str(folder)!r} was started with a Task object: pass task= to resume it")
-    given = task or load_task(settings["task"])
-    settings |= {"budget": budget or settings["budget"], "workers": workers or settings["workers"]}
-    if budget is not None:
-        settings |= {"paced": False, "time_budget_seconds": None}
-    if time_budget is not None:
-        settings |= {"paced": budget is None, "time_budget_seconds": parse_duration(time_budget)}
-    return Controller(folder, given, rules, settings, listener, task is None, address).run()
-
-
-def profile(task: Task | str, space: str | Path | SearchSpace = "default", *, seed: int = 0) -> Profile:
-    """What every choice of `space` alone does to the task's trained model, measured without training.
-
-    A search measures the same before its first trial. Raises AutocompressError for a task or a space that
-    cannot be used.
-    """
-    given = load_task(task) if isinstance(task, str) else task
-    rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
-    model = trained(given, seed)
-    check_task(given, model)
-    workshop = Workshop(given, model, rules, Path(), seed, fastest_device())
-    return Profile(workshop.space, workshop.anatomy, measured_profile(workshop))
-
-
 def trained(task: Task, seed: int, tell: Callable[[str], None] = lambda phase: None) -> nn.Module:
     """The original: the task's model, trained now when the task can."""
     seed_everything(seed)
@@ -176,13 +73,6 @@ def trained(task: Task, seed: int, tell: Callable[[str], None] = lambda phase: N
         tell("training the original model")
         task.pretrain(model)
     return model.eval()
-
-
-def _check_budget(budget: int | None, workers: int | None) -> None:
-    if budget is not None and budget < 1:
-        raise TargetError(f"budget {budget} is not enough: give at least 1 trial")
-    if workers is not None and workers < 1:
-        raise TargetError(f"workers {workers} is not enough: give at least 1")
 
 
 class Controller:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.agent.controller import profile as profile_of
 from autocompress.agent.planner import plan
 from autocompress.agent.profile import Profile
+from autocompress.searching import profile as profile_of
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
 from benchmarks.proposals import made_up

@@ -29,6 +29,16 @@ def test_a_time_budget_ends_the_search_after_one_trial_at_least(tmp_path: Path) 
     assert (config["time_budget_seconds"], config["paced"]) == (1, True)
 
 
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_search_shows_how_far_it_is(quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ac.search(mini.task(), 2, run=tmp_path / "run", workers=1, quiet=quiet)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert ("searching ..." in told.err, "2/2 trials" in told.err) == (not quiet, not quiet)
+    assert bool(told.err) is not quiet
+
+
 def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(controller, "WORTH_WORKERS", 0)
