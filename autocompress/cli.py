@@ -34,7 +34,9 @@ err = Console(stderr=True)
 
 TaskOption = Annotated[
     str,
-    typer.Option("--task", "-t", help="Built-in task ('digits') or your own as package.module:function."),
+    typer.Option(
+        "--task", "-t", help="Built-in task ('digits') or your own as package.module:function or file.py:function."
+    ),
 ]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")

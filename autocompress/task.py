@@ -242,22 +242,27 @@ def check_task(task: Task, model: nn.Module) -> None:
 
 
 def load_task(name: str) -> Task:
-    """A built-in task by name, or `package.module:function` found from the current folder and PYTHONPATH.
+    """A built-in task by name, `package.module:function` found from the current folder and PYTHONPATH, or
+    `file.py:function`, where the function is `task` if none is named.
 
     Raises TaskError, naming the near misses, when nothing of that name can be imported.
     """
     from autocompress.tasks import BUILT_IN
 
-    if name in BUILT_IN:
-        module_name, function_name = BUILT_IN[name].split(":")
-    elif ":" in name:
-        module_name, _, function_name = name.partition(":")
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-    else:
+    module_name, _, function_name = BUILT_IN.get(name, name).partition(":")
+    file = Path(module_name).resolve() if module_name.endswith(".py") else None
+    if file is not None:
+        if not file.is_file():
+            raise TaskError(f"task {name!r}: there is no file {module_name!r}")
+        module_name, function_name = file.stem, function_name or "task"
+    if not function_name:
         raise TaskError(
-            f"unknown task {name!r}{near_misses(name, BUILT_IN)} (or name your own as package.module:function)"
+            f"unknown task {name!r}{near_misses(name, BUILT_IN)} (or name your own as package.module:function or "
+            "file.py:function)"
         )
+    folder = str(file.parent if file else Path.cwd())
+    if name not in BUILT_IN and folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -268,6 +273,8 @@ def load_task(name: str) -> Task:
         ) from error
     except Exception as error:
         raise TaskError(f"task {name!r}: importing {module_name!r} failed: {in_words(error)}") from error
+    if file is not None and file != Path(getattr(module, "__file__", None) or "").resolve():
+        raise TaskError(f"task {name!r}: another module is called {module_name!r}: rename the file")
     function = getattr(module, function_name, None)
     if not callable(function):
         raise TaskError(

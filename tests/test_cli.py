@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from autocompress import __version__
-from autocompress.agent import controller
 from autocompress.cli import main
+from autocompress.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_search_that_is_stopped_before_it_began_leaves_nothing(in_tmp: Path, m
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(controller, "trained", stop)
+    monkeypatch.setattr(Task, "build", stop)
     done = cli(in_tmp, "search", "--task", "tests.mini:task", "--quiet")
     assert (done.returncode, done.stderr) == (130, "stopped\n")
     assert not [*(in_tmp / "runs").iterdir()]

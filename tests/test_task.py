@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import UserDict, namedtuple
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from autocompress.agent.run_folder import create_run
 from autocompress.errors import TaskError
 from autocompress.task import (
     Calibration,
@@ -167,11 +169,31 @@ def test_own_tasks_are_found_in_the_current_folder(in_tmp: Path) -> None:
         load_task("found_here:tusk")
 
 
+def test_own_tasks_are_found_by_their_file(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    place = in_tmp / "elsewhere"
+    place.mkdir()
+    for name in ("found_there.py", "json.py"):
+        (place / name).write_text(
+            "import torch\nfrom autocompress import Task\n"
+            "b = [(torch.zeros(2, 3), torch.zeros(2).long())]\n"
+            "def task():\n    return Task(torch.nn.Linear(3, 2), b, b, b)\n"
+        )
+    for name in ("elsewhere/found_there.py", f"{place}/found_there.py:task"):
+        assert load_task(name).name == name
+        assert create_run(None, name) == Path("runs") / (
+            "found_there-0001" if ":" not in name else "found_there-task-0001"
+        )
+    with pytest.raises(TaskError, match="another module is called 'json': rename the file"):
+        load_task("elsewhere/json.py")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("digit", "did you mean 'digits'"),
         ("no_such_module:task", "there is no module 'no_such_module'"),
+        ("no_such_file.py", "there is no file 'no_such_file.py'"),
         ("json:dumps", "calling it failed"),
         ("os:getcwd", "must return an autocompress.Task, got str"),
     ],

@@ -29,7 +29,7 @@ def create_run(name: str | Path | None, task: str) -> Path:
                 )
             folder.mkdir(parents=True, exist_ok=True)
             return folder
-        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", task).strip("-") or "run"
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).name.replace(".py", "")).strip("-") or "run"
         for number in range(1, 100_000):
             folder = RUNS / f"{stem}-{number:04d}"
             try:
