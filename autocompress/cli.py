@@ -447,7 +447,7 @@ def profile(
     from autocompress.report.sensitivity import sensitivity_table
 
     check_picture(output)
-    measured = searching.profile(task, space)
+    measured = searching.profile(task, space, quiet=as_json)
     if as_json:
         print_json(measured.effects)
         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from autocompress.agent.controller import Controller, Listener, trained
+from autocompress.agent.controller import PROFILING, Controller, Listener, Progress, trained
 from autocompress.agent.profile import Profile
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.agent.run_config import read_config, write_config
@@ -118,18 +119,35 @@ def resume(
         return Controller(folder, given, rules, settings, told, task is None, address).run()
 
 
-def profile(task: Task | str, space: str | Path | SearchSpace = "default", *, seed: int = 0) -> Profile:
+def profile(
+    task: Task | str,
+    space: str | Path | SearchSpace = "default",
+    *,
+    seed: int = 0,
+    listener: Listener | None = None,
+    quiet: bool = False,
+) -> Profile:
     """What every choice of `space` alone does to the task's trained model, measured without training.
 
-    A search measures the same before its first trial. Raises AutocompressError for a task or a space that
-    cannot be used.
+    A search measures the same before its first trial. listener, quiet: as in `search`. Raises AutocompressError for a
+    task or a space that cannot be used.
     """
     given = load_task(task) if isinstance(task, str) else task
     rules = space if isinstance(space, SearchSpace) else SearchSpace.named(space)
-    model = trained(given, seed)
-    check_task(given, model)
-    workshop = Workshop(given, model, rules, Path(), seed, fastest_device())
-    return Profile(workshop.space, workshop.anatomy, measured_profile(workshop))
+    began = time.monotonic()
+    with _told(listener, quiet) as told:
+
+        def tell(phase: str) -> None:
+            told(Progress(phase, Path(), seconds=time.monotonic() - began))
+
+        model = trained(given, seed, tell)
+        check_task(given, model)
+        tell("reading the model")
+        workshop = Workshop(given, model, rules, Path(), seed, fastest_device())
+        measured = measured_profile(
+            workshop, lambda: workshop.base_profile(lambda share: tell(f"{PROFILING}: {100 * share:.0f}%"))
+        )
+        return Profile(workshop.space, workshop.anatomy, measured)
 
 
 def _told(listener: Listener | None, quiet: bool) -> AbstractContextManager[Listener]:

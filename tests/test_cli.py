@@ -241,11 +241,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments: str, message: str,
 
 
 def test_profile_tells_and_draws_sensitivities(place: Path) -> None:
-    told = cli(place, "profile", "--task", "tests.mini:task", "--space", "quantize-only", "-o", "heat.svg").stdout
-    assert "int2" in told
-    assert "heat map: heat.svg" in told
+    told = cli(place, "profile", "--task", "tests.mini:task", "--space", "quantize-only", "-o", "heat.svg")
+    assert "int2" in told.stdout
+    assert "heat map: heat.svg" in told.stdout
+    assert "reading the model ..." in told.stderr
     assert "<svg" in (place / "heat.svg").read_text()
-    effects = json.loads(cli(place, "profile", "--task", "tests.mini:task", "--json").stdout)
+    told = cli(place, "profile", "--task", "tests.mini:task", "--json")
+    assert told.stderr == ""
+    effects = json.loads(told.stdout)
     assert effects["1:weights"]["int2"] > effects["1:weights"]["int8"]
 
 

@@ -40,6 +40,7 @@ from autocompress.task import Task, check_task, fastest_device, measure
 from autocompress.trial import Rung, TrialResult, TrialSpec, Workshop, seed_everything
 
 _MANY = 1_000_000
+PROFILING = "profiling every choice"
 WORTH_WORKERS = 10
 """Seconds that a profile takes at least, for workers to be started to measure it."""
 MAX_FRUITLESS = 3
@@ -130,7 +131,7 @@ class Controller:
         cpus, gpus = engine.cluster_size() if self.ray else (min(os.cpu_count() or 1, 8), torch.cuda.device_count())
         self.workers: int = settings["workers"] or gpus or cpus
         self.gpus = min(1.0, gpus / self.workers)
-        self._tell("profiling every choice")
+        self._tell(PROFILING)
         self.profile = self._profile()
         limit = self.settings["max_size_bytes"]
         if limit is not None and limit < 0.5 * self.profile.smallest_bytes():
@@ -173,7 +174,7 @@ class Controller:
 
     def _measure_profile(self) -> dict[str, Any]:
         def progress(share: float) -> None:
-            self._tell(f"profiling every choice: {100 * share:.0f}%")
+            self._tell(f"{PROFILING}: {100 * share:.0f}%")
 
         if self.workers == 1 or self.workshop.profile_seconds() < WORTH_WORKERS:
             return self.workshop.base_profile(progress)
