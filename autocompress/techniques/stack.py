@@ -76,7 +76,7 @@ class Narrow(Structure):
         inner = next(block.inner for block in read_anatomy(model, run).blocks if block.name == name)
         for number in range(count):
             twin = copy.deepcopy(model)
-            graph = ChannelGraph(twin, run)
+            graph = ChannelGraph(twin, run.shortened(twin))
             # all judged before any is removed: removal shifts the channels of concatenations
             judged = {group: importance("l2", graph, group, run) for group in inner}
             for group, values in judged.items():
