@@ -118,7 +118,8 @@ def test_copies_of_a_stack_share_out_the_channels_of_their_block() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), nn.ReLU(), nn.Linear(5, 2))
     inputs = torch.randn(9, 6)
     block, expected = model[0], model[0](inputs)
-    stacked = STRUCTURE.apply(model, {"0": "stack-2"}, lambda m: m(inputs))
+    run = Calibration(Task(model, [], [], []), [(inputs, None)])
+    stacked = STRUCTURE.apply(model, {"0": "stack-2"}, run)
     first, second = stacked[0].children()
     rows = {tuple(row.tolist()) for copy in (first, second) for row in copy[0].weight}
     assert rows == {tuple(row.tolist()) for row in block[0].weight}

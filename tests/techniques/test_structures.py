@@ -110,7 +110,8 @@ def test_the_geometric_median_drops_a_double() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.ones(8, 6) + 0.01 * torch.randn(8, 6))
         model[0].weight[5] = -0.1
-    CHANNELS.apply(model, {"0": 4}, lambda model: model(torch.randn(4, 6)), {"importance": "geometric-median"})
+    run = Calibration(Task(model, [], [], []), [(torch.randn(4, 6), None)])
+    CHANNELS.apply(model, {"0": 4}, run, {"importance": "geometric-median"})
     assert bool((model[0].weight < 0).any())
 
 
