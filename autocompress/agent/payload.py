@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -28,8 +29,6 @@ class _Plan:
     seed: int
 
     def __call__(self) -> Workshop:
-        import cloudpickle
-
         task = load_task(self.task) if isinstance(self.task, str) else self.task
         model = cloudpickle.loads(self.model)
         return Workshop(task, model, self.space, Path(self.folder), self.seed, fastest_device())
@@ -50,18 +49,18 @@ def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, fol
         ) from error
 
 
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # which has no types
+    """Loaders whose own workers are running (`persistent_workers`) go without them."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, DataLoader) and obj._iterator is not None:
+            idle = copy.copy(obj)
+            idle._iterator = None
+            return idle.__reduce_ex__(2)
+        return super().reducer_override(obj)
+
+
 def _pickled(value: Any) -> bytes:
-    """cloudpickle of `value`; loaders whose own workers are running (`persistent_workers`) go without them."""
-    import cloudpickle
-
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def reducer_override(self, obj: Any) -> Any:
-            if isinstance(obj, DataLoader) and obj._iterator is not None:
-                idle = copy.copy(obj)
-                idle._iterator = None
-                return idle.__reduce_ex__(2)
-            return super().reducer_override(obj)
-
     written = io.BytesIO()
-    Pickler(written).dump(value)
+    _Pickler(written).dump(value)
     return written.getvalue()

@@ -99,7 +99,9 @@ class _Knapsack:
             costs = self.scaling + price * self._scaled(now)
             for scaler in np.flatnonzero(costs.argmin(1) != self.place[self.scalers.at]).tolist():
                 rows, factors = self._pairs(scaler)
-                self._move(scaler, int((self.scaling[scaler] + price * (now[rows] @ factors)).argmin()), now)
+                place = int((self.scaling[scaler] + price * (now[rows] @ factors)).argmin())
+                self._move(scaler, place, rows, factors[:, place])
+                now[rows] *= factors[:, place]
             if np.array_equal(self.place, before[1]) and np.array_equal(self.combination, before[0]):
                 break
         return self.total()
@@ -116,10 +118,8 @@ class _Knapsack:
         present = known.factors[np.arange(len(known.of)), self.place[known.at[known.of]]]
         return np.add.reduceat(known.factors * (now[known.rows] / present)[:, None], known.first[:-1])
 
-    def _move(self, scaler: int, place: int, now: Floats) -> None:
-        rows, factors = self._pairs(scaler)
-        self.scale[rows] *= factors[:, place]
-        now[rows] *= factors[:, place]
+    def _move(self, scaler: int, place: int, rows: Places, factors: Floats) -> None:
+        self.scale[rows] *= factors
         self.place[self.scalers.at[scaler]] = place
 
     def fill(self, target_bytes: float) -> None:
@@ -139,7 +139,8 @@ class _Knapsack:
                 return
             if worth.max(initial=0.0) > best:
                 scaler, place = np.unravel_index(worth.argmax(), worth.shape)
-                self._move(int(scaler), int(place), now)
+                rows, factors = self._pairs(int(scaler))
+                self._move(int(scaler), int(place), rows, factors[:, place])
             else:
                 self.combination[row] = combination
 

@@ -56,10 +56,11 @@ class Scalers:
 class Profile:
     """Predicts the bytes of any recipe and holds the effects of single choices.
 
-    effects: key -> str(choice) -> rise of the output distance. The bytes of a file are those of its header and of rows
-    (one a layer, and one for all vectors that the same channels shape). table: float64 [rows, combinations], bytes of a
-    row for each combination of its own choices, coded without training; rows with fewer combinations are filled up with
-    infinity. own, scalers: what dimensions do to the rows. Dimensions in neither change no bytes.
+    effects: key -> str(choice) -> rise of the output distance. at: key -> where it stands in the space. The bytes of a
+    file are those of its header and of rows (one a layer, and one for all vectors that the same channels shape). table:
+    float64 [rows, combinations], bytes of a row for each combination of its own choices, coded without training; rows
+    with fewer combinations are filled up with infinity. own, scalers: what dimensions do to the rows. Dimensions in
+    neither change no bytes.
     """
 
     def __init__(self, space: BoundSpace, anatomy: Anatomy, measured: Mapping[str, Any]) -> None:
@@ -67,6 +68,7 @@ class Profile:
         self.effects: dict[str, dict[str, float]] = {k: dict(v) for k, v in measured["effects"].items()}
         self.header_bytes = float(measured["header_bytes"])
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in space}
+        self.at = {key: i for i, key in enumerate(self.dimensions)}
         self.places = {d.key: {choice: i for i, choice in enumerate(d.choices)} for d in space}
         rows: list[list[float]] = []
         strides: list[tuple[str, int, int]] = []
@@ -108,10 +110,9 @@ class Profile:
         self.table = np.full((len(rows), max(map(len, rows))), math.inf)
         for line, row in zip(self.table, rows, strict=True):
             line[: len(row)] = row
-        at = {key: i for i, key in enumerate(self.dimensions)}
         each = np.arange(self.table.shape[1])
         self.own = Own(
-            _places(at[key] for key, _, _ in strides),
+            _places(self.at[key] for key, _, _ in strides),
             _places(row for _, row, _ in strides),
             _places(stride for _, _, stride in strides),
             _places(each // stride % len(self.places[key]) for key, _, stride in strides).reshape(-1, len(each)),
@@ -122,7 +123,7 @@ class Profile:
         for factor, (_, _, by) in zip(padded, pairs, strict=True):
             factor[: len(by)] = np.maximum(by, _LEAST)
         self.scalers = Scalers(
-            _places(at[key] for key in factors),
+            _places(self.at[key] for key in factors),
             np.searchsorted(of, np.arange(len(factors) + 1)),
             of,
             _places(row for _, row, _ in pairs),

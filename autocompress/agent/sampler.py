@@ -145,7 +145,6 @@ class FrontierSampler(BaseSampler):
         self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
         self.dimensions = profile.dimensions
-        self._at = {key: i for i, key in enumerate(self.dimensions)}
         self._sites = sorted({d.site for d in profile.space})
         self._default_bytes = profile.predict(profile.default())
         self._random = RandomSampler(seed=seed)
@@ -453,7 +452,7 @@ class FrontierSampler(BaseSampler):
             present = np.arange(len(effects)), self.profile.place(parent.reached)
             least[present], zero = 0.0, effects[present]
         for key, known in self.profile.effects.items():
-            at = self._at[key]
+            at = self.profile.at[key]
             for choice, effect in (parent.effects.get(key, {}) if parent else {}).items():
                 foreseen = max(known.get(choice, 0.0) - zero[at], 1e-5)
                 scale[at] = min(max((effect + 1e-5) / foreseen, 0.02), 50.0)

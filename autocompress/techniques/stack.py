@@ -73,10 +73,11 @@ class Narrow(Structure):
         (count, share), copies = _parts(choice), []
         if isinstance(model.get_submodule(name), (LowRank, *KINDS)):
             return _bent(model.get_submodule(name), count, share)
-        inner = next(block.inner for block in read_anatomy(model, run).blocks if block.name == name)
+        short = run.shortened(model)
+        inner = next(block.inner for block in read_anatomy(model, short).blocks if block.name == name)
         for number in range(count):
             twin = copy.deepcopy(model)
-            graph = ChannelGraph(twin, run.shortened(twin))
+            graph = ChannelGraph(twin, short)
             # all judged before any is removed: removal shifts the channels of concatenations
             judged = {group: importance("l2", graph, group, run) for group in inner}
             for group, values in judged.items():
