@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autocompress.errors import AutocompressError, RunError, TargetError
-from autocompress.front import ParetoFront
+from autocompress.front import ParetoFront, format_accuracy
 from autocompress.version import __version__
 
 app = typer.Typer(
@@ -322,9 +322,9 @@ def pick(
     if as_json:
         print_json({"file": str(path), **{k: v for k, v in asdict(point).items() if k != "folder"}})
         return
-    test = "" if point.test_accuracy is None else f", test accuracy {point.test_accuracy:.4f}"
+    test = "" if point.test_accuracy is None else f", test accuracy {format_accuracy(point.test_accuracy)}"
     out.print(
-        f"{path}: {point.size_bytes} bytes, validation accuracy {point.val_accuracy:.4f}{test}",
+        f"{path}: {point.size_bytes} bytes, validation accuracy {format_accuracy(point.val_accuracy)}{test}",
         highlight=False,
         soft_wrap=True,
     )
@@ -361,8 +361,8 @@ def export(
         print_json({**asdict(made), "path": str(made.path)})
         return
     out.print(
-        f"{made.path}: {made.size_bytes} bytes, validation accuracy {made.val_accuracy:.4f}, "
-        f"test accuracy {made.test_accuracy:.4f}",
+        f"{made.path}: {made.size_bytes} bytes, validation accuracy {format_accuracy(made.val_accuracy)}, "
+        f"test accuracy {format_accuracy(made.test_accuracy)}",
         highlight=False,
         soft_wrap=True,
     )

@@ -31,6 +31,18 @@ def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
     return keep
 
 
+def skill(accuracy: float, chance: float) -> float:
+    """What a model knows: its accuracy above that of chance, which differences of accuracy are measured by. The size of
+    the accuracy itself where chance is no worse."""
+    above = accuracy - chance
+    return above if above > 0 else abs(accuracy) or 1.0
+
+
+def format_accuracy(accuracy: float) -> str:
+    """Four decimals, or four digits of what is less than 0.1: 0.9850, -0.01162, 3.585e-06."""
+    return f"{accuracy:.4f}" if abs(accuracy) >= 0.1 or not accuracy else f"{accuracy:#.4g}"
+
+
 def hypervolume(points: Sequence[tuple[float, float]], base_bytes: float, worst_accuracy: float) -> float:
     """Area in (log2 bytes, accuracy) that `points` dominate, from (`base_bytes`, `worst_accuracy`).
 
@@ -46,11 +58,25 @@ def hypervolume(points: Sequence[tuple[float, float]], base_bytes: float, worst_
 
 @dataclass(frozen=True)
 class Base:
-    """The original model: its float32 `state_dict` file (safetensors) in bytes, and its accuracies."""
+    """The original model: its float32 `state_dict` file (safetensors) in bytes, and its accuracies.
+
+    chance_accuracy: validation accuracy of its mean output, whatever the input; 0 where that cannot be measured.
+    """
 
     size_bytes: int
     val_accuracy: float
     test_accuracy: float
+    chance_accuracy: float = 0.0
+
+    @property
+    def skill(self) -> float:
+        """Accuracy above chance."""
+        return skill(self.val_accuracy, self.chance_accuracy)
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether accuracies are shares of right answers, or look like it."""
+        return 0 <= self.chance_accuracy <= self.val_accuracy <= 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +148,7 @@ class ParetoFront:
             raise TargetError(
                 f"no file with validation accuracy of at least {min_accuracy:g}"
                 + (f" and at most {format_size(limit)}" if max_size is not None else "")
-                + f": the best has {best.val_accuracy:.4f} ({format_size(best.size_bytes)})"
+                + f": the best has {format_accuracy(best.val_accuracy)} ({format_size(best.size_bytes)})"
             )
         return min(good, key=lambda p: p.size_bytes)
 

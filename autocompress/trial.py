@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.artifact import pack, read_artifact, unpack
+from autocompress.chance import loss_unit
 from autocompress.compression import Candidate, activation_modules
 from autocompress.files import write_file
 from autocompress.probing import (
@@ -125,6 +126,11 @@ def put_channels_last(model: nn.Module, calibration: Calibration) -> None:
         convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
+def _in_units(task: Task, unit: float) -> Task:
+    """The task with its loss divided by `unit`."""
+    return task if unit == 1 else replace(task, loss=lambda output, target: task.loss(output, target) / unit)
+
+
 class Workshop:
     """What a worker keeps between trials: the original model, its anatomy, the calibration batches.
 
@@ -140,10 +146,12 @@ class Workshop:
         seed: int,
         device: str = "cpu",
     ) -> None:
-        self.task, self.folder, self.seed = task, folder, seed
+        self.folder, self.seed = folder, seed
         self.device = torch.device(device)
         self.original = original.to(self.device).eval()
-        self.calibration = calibration_batches(task, self.device)
+        calibration = calibration_batches(task, self.device)
+        self.task = _in_units(task, loss_unit(calibration, self.original))
+        self.calibration = replace(calibration, task=self.task)
         put_channels_last(self.original, self.calibration)  # so of every candidate, which are copies of it
         self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
         self.space = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space

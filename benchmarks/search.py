@@ -47,8 +47,10 @@ from autocompress.agent.controller import trained
 from autocompress.agent.forecast import Forecast
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.agent.sampler import Point, distributions
+from autocompress.agent.samplers import make_sampler
 from autocompress.artifact import load
-from autocompress.front import hypervolume, non_dominated
+from autocompress.chance import chance_accuracy
+from autocompress.front import Base, hypervolume, non_dominated
 from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
 from autocompress.trial import ARTIFACT
@@ -69,23 +71,23 @@ DIGITS = string.digits + string.ascii_lowercase
 AT = (10, 25, 50, 200, 400, 1000)
 
 
-Method = Callable[[ac.Profile, int, float, int, float], BaseSampler]
-"""(profile, trials, accuracy of the original, seed, bytes for `max-size`) -> a sampler."""
+Method = Callable[[ac.Profile, int, Base, int, float], BaseSampler]
+"""(profile, trials, the original, seed, bytes for `max-size`) -> a sampler."""
 
 
 def _optuna(make: Callable[[int], BaseSampler]) -> Method:
     return lambda profile, budget, base, seed, size: make(seed)
 
 
-def _frontier(profile: ac.Profile, budget: int, base: float, seed: int, size: float) -> BaseSampler:
-    return ac.FrontierSampler(profile, budget, base, seed)
+def _frontier(profile: ac.Profile, budget: int, base: Base, seed: int, size: float) -> BaseSampler:
+    return make_sampler("frontier", profile, budget, base, seed, None, None)
 
 
-def _without_profile(profile: ac.Profile, budget: int, base: float, seed: int, size: float) -> BaseSampler:
+def _without_profile(profile: ac.Profile, budget: int, base: Base, seed: int, size: float) -> BaseSampler:
     assert "effect_table" not in vars(profile), "made from what is changed here"
     for key, dimension in profile.dimensions.items():
         profile.effects[key] = {str(choice): 0.01 * i for i, choice in enumerate(dimension.choices)}
-    return ac.FrontierSampler(profile, budget, base, seed)
+    return _frontier(profile, budget, base, seed, size)
 
 
 class _Unlearning(ac.FrontierSampler):
@@ -106,11 +108,15 @@ METHODS: dict[str, Method] = {
     "no-rate": _frontier,
     "no-race": _frontier,
     "no-profile": _without_profile,
-    "no-forecast": lambda profile, budget, base, seed, size: _Unlearning(profile, budget, base, seed),
+    "no-forecast": lambda profile, budget, base, seed, size: _Unlearning(
+        profile, budget, base.val_accuracy, seed, chance_accuracy=base.chance_accuracy
+    ),
     "everything": _frontier,
-    "max-size": lambda profile, budget, base, seed, size: ac.FrontierSampler(profile, budget, base, seed, size),
-    "min-accuracy": lambda profile, budget, base, seed, size: ac.FrontierSampler(
-        profile, budget, base, seed, min_accuracy=base - LOST
+    "max-size": lambda profile, budget, base, seed, size: make_sampler(
+        "frontier", profile, budget, base, seed, size, None
+    ),
+    "min-accuracy": lambda profile, budget, base, seed, size: make_sampler(
+        "frontier", profile, budget, base, seed, None, base.val_accuracy - LOST
     ),
 }
 OPTUNA = ("random", "tpe", "nsga2", "nsga2-learning-rate", "gp")
@@ -146,9 +152,13 @@ def run_job(job: Job) -> int:
         given = replace(task, model=model, pretrain=None)
         workshop = ac.Workshop.on(given, space_for(method), folder, seed)
         profile = ac.Profile(workshop.space, workshop.anatomy, measured_profile(workshop))
-        base = {split: measure(given, workshop.original, split) for split in ("val", "test")}
-        original_bytes = sum(t.numel() * t.element_size() for t in tensors(workshop.original).values())
-        sampler = METHODS[method](profile, budget, base["val"], seed, original_bytes / RATIOS[task_name])
+        base = Base(
+            sum(t.numel() * t.element_size() for t in tensors(workshop.original).values()),
+            measure(given, workshop.original, "val"),
+            measure(given, workshop.original, "test"),
+            chance_accuracy(workshop.calibration, workshop.original),
+        )
+        sampler = METHODS[method](profile, budget, base, seed, base.size_bytes / RATIOS[task_name])
         study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
         asked = distributions(workshop.space)
         trials: list[list[Any] | None] = []
@@ -179,8 +189,8 @@ def run_job(job: Job) -> int:
             path_of(job),
             {
                 "job": job,
-                "base_bytes": original_bytes,
-                "base": base,
+                "base_bytes": base.size_bytes,
+                "base": {"val": base.val_accuracy, "test": base.test_accuracy},
                 "trials": trials,
                 "front": front,
                 "proposing_seconds": proposing,

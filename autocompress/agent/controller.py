@@ -30,9 +30,10 @@ from autocompress.agent.sampler import FrontierSampler
 from autocompress.agent.samplers import make_sampler
 from autocompress.agent.scheduler import is_dominated
 from autocompress.agent.study import SearchStudy
+from autocompress.chance import chance_accuracy
 from autocompress.errors import TargetError
 from autocompress.files import write_file
-from autocompress.front import Base, ParetoFront
+from autocompress.front import Base, ParetoFront, format_accuracy
 from autocompress.sizes import format_size
 from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors
@@ -55,7 +56,7 @@ class Progress:
 
     phase: str
     folder: Path
-    done: int = 0
+    done: float = 0
     failed: int = 0
     budget: int = 0
     seconds: float = 0.0
@@ -116,15 +117,15 @@ class Controller:
         self._tell("loading the model")
         self.original = self._original().to(fastest_device())
         check_task(task, self.original)
-        path = folder / BASE
-        self.base = Base(
-            path.stat().st_size,
-            measure(task, self.original, "val"),
-            measure(task, self.original, "test"),
-        )
-        self._check_accuracy_target()
         self._tell("reading the model")
         self.workshop = Workshop(task, self.original, self.rules, folder, self.seed, fastest_device())
+        self.base = Base(
+            (folder / BASE).stat().st_size,
+            measure(task, self.original, "val"),
+            measure(task, self.original, "test"),
+            chance_accuracy(self.workshop.calibration, self.original),
+        )
+        self._check_accuracy_target()
         self.space = self.workshop.space
         for site, reason in self.workshop.anatomy.left_alone.items():
             self.log.info("left alone: %s: %s", site, reason)
@@ -144,10 +145,10 @@ class Controller:
     def _check_accuracy_target(self) -> None:
         wanted = self.settings["min_accuracy"]
         assert self.base is not None
-        if wanted is not None and not wanted <= self.base.val_accuracy + 0.1 * abs(self.base.val_accuracy):
+        if wanted is not None and not wanted <= self.base.val_accuracy + 0.1 * self.base.skill:
             raise TargetError(
                 f"minimum accuracy {wanted:g} cannot be reached: the original model has "
-                f"{self.base.val_accuracy:.4f} on the validation split"
+                f"{format_accuracy(self.base.val_accuracy)} on the validation split"
             )
 
     # ------------------------------------------------------------ set-up
@@ -206,7 +207,7 @@ class Controller:
             self.settings["sampler"],
             self.profile,
             self.budget,
-            self.base.val_accuracy,
+            self.base,
             self.seed,
             self.settings["max_size_bytes"],
             self.settings["min_accuracy"],
@@ -284,18 +285,19 @@ class Controller:
 
     def rung(self, number: int, rung: Rung) -> bool:
         assert self.study is not None
+        assert self.base is not None
         self.study.rung(number, rung)
-        return is_dominated(self.study, number, rung)
+        return is_dominated(self.study, number, rung, self.base.skill)
 
     def finished(self, number: int, result: TrialResult) -> None:
         assert self.study is not None
         self.study.tell(number, result)
         self._keep_pace()
         self.log.info(
-            "trial %d: %d bytes, validation accuracy %.4f",
+            "trial %d: %d bytes, validation accuracy %s",
             number,
             result.size_bytes,
-            result.val_accuracy,
+            format_accuracy(result.val_accuracy),
         )
         self.results.keep()
         self._tell("searching")
@@ -324,10 +326,10 @@ class Controller:
     def _tell(self, phase: str) -> None:
         if self.listener is None:
             return
-        done = failed = 0
+        done, failed = 0.0, 0
         points: tuple[tuple[int, float], ...] = ()
         if self.study is not None:
-            done = self.study.finished()
+            done = self.study.spent()
             complete = self.study.complete()
             failed = sum(1 for t in self.study.trials() if t.user_attrs.get("error"))
             points = tuple((int(t.values[0]), float(t.values[1])) for t in complete)

@@ -34,7 +34,7 @@ from autocompress.agent.planner import plan
 from autocompress.agent.profile import Floats, Profile
 from autocompress.agent.race import RACE, Race, has_learning_rates
 from autocompress.errors import SamplerError
-from autocompress.front import non_dominated
+from autocompress.front import non_dominated, skill
 from autocompress.recipe import Choice
 from autocompress.space import BoundSpace, without_void
 from autocompress.techniques.base import structures, trainings
@@ -48,8 +48,8 @@ _FEWEST, _MOST, _LONGEST = 6, 60, 0.35
 _SHARES = (0.97, 0.9, 0.8, 0.65, 0.5, _LONGEST)
 """Of the parent's bytes: the steps that are weighed against each other. Improving goes both ways, so the shortest swaps
 one layer's level for another's at about equal bytes (EvoPress, Sieberling et al., 2024)."""
-_USEFUL, _UNIT = 0.06, 0.05
-"""Share of the original's accuracy that a file may lose and still be of use; and share of that by which the ceiling
+_USEFUL, _UNIT = 1 / 15, 0.05
+"""Share of the original's skill that a file may lose and still be of use; and share of that by which the ceiling
 lies above the best accuracy."""
 _RACED, _RACE_FROM = 0.65, 20
 """How far down the walk, in logarithms of bytes, the recipe is that learning rates are raced by; and trials of the
@@ -61,6 +61,8 @@ _FAR, _NEARLY = 2.0, 0.1
 share of what is of use that parents may miss it by."""
 _SIZE_MET, _ACCURACY_MET = 0.5, 0.5
 """What it is worth that a file is as small or as accurate as asked: log2 bytes, and a share of what is of use."""
+_STEP, _LEAP = 0.0135, 0.056
+"""Of its skill, that a file is thought to lose with half its bytes, times the step and times its square."""
 _PLANNED = ("channels", "sparsity", "weights")
 """Dimensions that step from one choice to the next."""
 _REACH = 0.2
@@ -129,8 +131,9 @@ class Proposal:
 
 
 class FrontierSampler(BaseSampler):
-    """profile: effects and bytes measured on the original. budget: trials in all. base_accuracy: of the
-    original on the validation split. max_size_bytes, min_accuracy: where the search should look.
+    """profile: effects and bytes measured on the original. budget: trials in all. base_accuracy, chance_accuracy: of
+    the original, and of what knows nothing, on the validation split. max_size_bytes, min_accuracy: where the search
+    should look.
     """
 
     def __init__(
@@ -141,9 +144,13 @@ class FrontierSampler(BaseSampler):
         seed: int = 0,
         max_size_bytes: float | None = None,
         min_accuracy: float | None = None,
+        chance_accuracy: float = 0.0,
     ) -> None:
         self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
         self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
+        self._skill = skill(base_accuracy, chance_accuracy)
+        self._useful = _USEFUL * self._skill
+        """Accuracy that a file may lose and still be of use."""
         self.dimensions = profile.dimensions
         self._sites = sorted({d.site for d in profile.space})
         self._default_bytes = profile.predict(profile.default())
@@ -322,11 +329,6 @@ class FrontierSampler(BaseSampler):
         return out
 
     @cached_property
-    def _useful(self) -> float:
-        """Accuracy that a file may lose and still be of use."""
-        return _USEFUL * abs(self.base_accuracy)
-
-    @cached_property
     def _least_useful(self) -> float:
         """An accuracy from which a file of use may still come."""
         if self.min_accuracy is None:
@@ -350,7 +352,7 @@ class FrontierSampler(BaseSampler):
             least, accuracy_margin = self.min_accuracy, _ACCURACY_MET * self._useful
             largest = min([largest, *(p.size * _FAR for p in done if p.accuracy >= least)])
         best = max([self.base_accuracy, *(p.accuracy for p in done)])
-        ceiling = best + max(_UNIT * self._useful, 1e-6)
+        ceiling = best + _UNIT * self._useful
         return Region(self._least_bytes, largest, least, ceiling, size_margin, accuracy_margin)
 
     def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
@@ -416,7 +418,7 @@ class FrontierSampler(BaseSampler):
 
         def expected(p: Point) -> float:
             step = max(math.log2(p.size / target), 0.0)
-            return p.accuracy - 0.012 * step - 0.05 * step**2
+            return p.accuracy - self._skill * (_STEP * step + _LEAP * step**2)
 
         return max(larger, key=expected)
 

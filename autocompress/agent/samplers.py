@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from autocompress.agent.profile import Profile
 from autocompress.agent.sampler import FrontierSampler
 from autocompress.errors import SamplerError, near_misses
+from autocompress.front import Base
 
 NAMES = ("frontier", "tpe", "nsga2", "gp", "random")
 
@@ -24,7 +25,7 @@ def make_sampler(
     name: str,
     profile: Profile,
     budget: int,
-    base_accuracy: float,
+    base: Base,
     seed: int,
     max_size_bytes: float | None,
     min_accuracy: float | None,
@@ -32,7 +33,9 @@ def make_sampler(
     """Constraints focus every sampler: ours aims at them, Optuna's treat them as constraints."""
     check_sampler(name)
     if name == "frontier":
-        return FrontierSampler(profile, budget, base_accuracy, seed, max_size_bytes, min_accuracy)
+        return FrontierSampler(
+            profile, budget, base.val_accuracy, seed, max_size_bytes, min_accuracy, base.chance_accuracy
+        )
     if name == "random":
         return RandomSampler(seed=seed)
     constraints = _constraints(max_size_bytes, min_accuracy)

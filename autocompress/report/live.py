@@ -14,7 +14,7 @@ from rich.text import Text
 
 from autocompress.agent.controller import Progress
 from autocompress.durations import duration
-from autocompress.front import non_dominated
+from autocompress.front import format_accuracy, non_dominated
 from autocompress.sizes import format_size
 
 WIDTH, HEIGHT = 56, 11
@@ -23,15 +23,16 @@ WIDTH, HEIGHT = 56, 11
 def terminal_plot(progress: Progress) -> Text:
     """Validation accuracy over log bytes, WIDTH x HEIGHT characters: front filled, the rest as dots."""
     points = [(float(size), accuracy) for size, accuracy in progress.points]
-    if not points:
+    base = progress.base
+    if not points or base is None:
         return Text("")
     front = set(non_dominated(points))
-    base = progress.base
-    top = max([a for _, a in points] + ([base.val_accuracy] if base else []))
-    bottom = max(min(points[i][1] for i in front), top - 0.25 * max(abs(top), 1e-9))
-    if top - bottom < 1e-3:
-        bottom = top - 0.01
-    sizes = [s for s, _ in points] + ([float(base.size_bytes)] if base else [])
+    top = max(base.val_accuracy, *(a for _, a in points))
+    bottom = max(min(points[i][1] for i in front), top - 0.25 * base.skill)
+    bottom = min(bottom, top - 0.01 * base.skill)
+    levels = [format_accuracy(top), *[""] * (HEIGHT - 2), format_accuracy(bottom)]
+    margin = 2 + max(map(len, levels))
+    sizes = [float(base.size_bytes), *(s for s, _ in points)]
     left, right = math.log(min(sizes)), math.log(max(sizes))
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
 
@@ -47,19 +48,17 @@ def terminal_plot(progress: Progress) -> Text:
             put(size, accuracy, "·")
     for i in front:
         put(*points[i], "●")
-    if base:
-        put(base.size_bytes, base.val_accuracy, "■")
+    put(base.size_bytes, base.val_accuracy, "■")
     text = Text()
-    for y, row in enumerate(grid):
-        level = f"{top:7.3f}" if y == 0 else f"{bottom:7.3f}" if y == HEIGHT - 1 else " " * 7
-        text.append(f"{level} │", style="dim")
+    for level, row in zip(levels, grid, strict=True):
+        text.append(f"{level.rjust(margin - 1)} │", style="dim")
         for mark in row:
             text.append(mark, style={"●": "bold blue", "■": "bold", "·": "dim"}.get(mark, ""))
         text.append("\n")
     low, high = format_size(min(sizes)), format_size(max(sizes))
-    text.append(" " * 8 + "└" + "─" * WIDTH + "\n", style="dim")
-    text.append(" " * 9 + low + high.rjust(WIDTH - len(low)) + "\n", style="dim")
-    text.append(" " * 9 + "● front   · other trials   ■ original", style="dim")
+    text.append(" " * margin + "└" + "─" * WIDTH + "\n", style="dim")
+    text.append(" " * (margin + 1) + low + high.rjust(WIDTH - len(low)) + "\n", style="dim")
+    text.append(" " * (margin + 1) + "● front   · other trials   ■ original", style="dim")
     return text
 
 
@@ -75,8 +74,8 @@ class LiveView:
         terminal = shown and console.is_terminal
         self._live = Live(console=console, refresh_per_second=4, transient=True) if terminal else None
         self._phase = ""
-        self._told = -1
-        self._first: tuple[float, int] | None = None
+        self._told = -1.0
+        self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> LiveView:
         if self._live:
@@ -108,8 +107,8 @@ class LiveView:
         self._phase = progress.phase
 
     def _status(self, progress: Progress) -> str:
-        text = f"{progress.done}/{progress.budget} trials"
-        began, first = self._first or (0.0, 0)
+        text = f"{progress.done:g}/{progress.budget} trials"
+        began, first = self._first or (0.0, 0.0)
         count, passed = progress.done - first, progress.seconds - began
         if count > 0:
             left = duration((progress.budget - progress.done) * passed / count)

@@ -14,7 +14,7 @@ from autocompress.agent.run_folder import CONFIG
 from autocompress.artifact import read_artifact
 from autocompress.errors import RunError
 from autocompress.files import write_file
-from autocompress.front import ParetoFront
+from autocompress.front import ParetoFront, format_accuracy
 from autocompress.report.inside import Part, parts
 from autocompress.report.plot import plot_front, plot_trials
 from autocompress.report.table import overfitting_sentence
@@ -22,7 +22,7 @@ from autocompress.report.trials import read_trials
 from autocompress.sizes import format_size
 
 _CLOSE = 0.01
-"""Accuracy that a file may lose and still be told of as close to the original."""
+"""Share of the original's skill that a file may lose and still be told of as close to it."""
 _COLUMNS = 12
 """Files of the front, spread over it, whose bytes are shown layer by layer: each has to be decoded."""
 
@@ -41,9 +41,10 @@ def write_page(front: ParetoFront, path: Path) -> Path:
     layers.sort(key=lambda name: all(not file[name].shape for file in inside if name in file))
     trials = read_trials(front.folder)
     config = front.folder / CONFIG
-    close = [member for member in members if member.val_accuracy >= front.base.val_accuracy - _CLOSE]
+    close = [member for member in members if member.val_accuracy >= front.base.val_accuracy - _CLOSE * front.base.skill]
     environment = Environment(loader=PackageLoader("autocompress", "report"), autoescape=True, trim_blocks=True)
-    environment.filters |= {"bytes": "{:,}".format, "share": "{:.2%}".format, "short": format_size}
+    accuracy = "{:.2%}".format if front.base.in_shares else format_accuracy
+    environment.filters |= {"bytes": "{:,}".format, "accuracy": accuracy, "short": format_size}
     page = environment.get_template("page.html").render(
         front=front,
         members=members,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from autocompress.agent.profile import Profile
 from autocompress.artifact import Artifact
 from autocompress.errors import TargetError
-from autocompress.front import Base, FrontPoint, ParetoFront
+from autocompress.front import Base, FrontPoint, ParetoFront, format_accuracy
 from autocompress.report.inside import HEADER, VECTORS, parts
 from autocompress.report.trials import Trial
 from autocompress.sizes import format_size
@@ -18,8 +18,8 @@ from autocompress.sizes import format_size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SHOWN = 30.0
-"""Points of accuracy that the picture of a front shows; what lies lower is counted, not drawn."""
+_SHOWN = 1 / 3
+"""Of the original's skill, what the picture of a front shows; what lies lower is counted, not drawn."""
 _BLUE, _GREY, _ORANGE = "#1f5fa8", "#8a8f98", "#d9661f"
 
 
@@ -106,10 +106,10 @@ def plot_profile(profile: Profile, path: Path) -> Path:
 def plot_front(front: ParetoFront, path: Path) -> Path:
     """Accuracy of the decoded model against bytes of the file. Returns `path`."""
     with _picture(path, 7.2, 4.3) as axes:
-        sizes = [p.size_bytes for p in front.points]
+        sizes, unit = [p.size_bytes for p in front.points], _unit(front.base)
         axes.step(
             sizes,
-            [100 * p.val_accuracy for p in front.points],
+            [unit * p.val_accuracy for p in front.points],
             where="post",
             color=_BLUE,
             lw=1.2,
@@ -117,7 +117,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
         )
         axes.plot(
             sizes,
-            [100 * p.val_accuracy for p in front.points],
+            [unit * p.val_accuracy for p in front.points],
             "o",
             color=_BLUE,
             ms=6,
@@ -126,7 +126,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
         tested = [p for p in front.points if p.test_accuracy is not None]
         axes.plot(
             [p.size_bytes for p in tested],
-            [100 * float(p.test_accuracy or 0) for p in tested],
+            [unit * float(p.test_accuracy or 0) for p in tested],
             "x",
             color=_ORANGE,
             ms=6,
@@ -135,7 +135,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
         base = front.base
         axes.plot(
             base.size_bytes,
-            100 * base.val_accuracy,
+            unit * base.val_accuracy,
             "s",
             color=_GREY,
             ms=8,
@@ -147,13 +147,13 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             ratio = base.size_bytes / knee.size_bytes
             axes.annotate(
                 f"knee: {format_size(knee.size_bytes)}, 1/{ratio:.0f}",
-                (knee.size_bytes, 100 * knee.val_accuracy),
+                (knee.size_bytes, unit * knee.val_accuracy),
                 (14, -24),
                 textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": _BLUE},
                 color=_BLUE,
             )
-        _leave_out(axes, [*front.points, base], "smaller file")
+        _leave_out(axes, base, front.points, "smaller file")
         axes.legend(loc="lower right", frameon=False)
         axes.set_title(f"{front.task}: size versus accuracy", loc="left")
     return path
@@ -162,25 +162,25 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
 def plot_trials(front: ParetoFront, trials: Sequence[Trial], path: Path) -> Path:
     """Every trial of a run, coloured by its number and joined to the parent that it was trained on from. Returns
     `path`."""
-    known = {trial.number: trial for trial in trials}
+    known, unit = {trial.number: trial for trial in trials}, _unit(front.base)
     with _picture(path, 7.2, 4.3) as axes:
         for trial in trials:
             parent = front.base if trial.parent is None else known.get(trial.parent)
             if parent:
                 ends = (parent, trial)
-                accuracies = [100 * end.val_accuracy for end in ends]
+                accuracies = [unit * end.val_accuracy for end in ends]
                 axes.plot([end.size_bytes for end in ends], accuracies, color=_GREY, lw=0.7, alpha=0.5, zorder=1)
         drawn = axes.scatter(
             [trial.size_bytes for trial in trials],
-            [100 * trial.val_accuracy for trial in trials],
+            [unit * trial.val_accuracy for trial in trials],
             c=[trial.number for trial in trials],
             cmap="viridis_r",
             s=26,
             zorder=2,
         )
-        axes.plot(front.base.size_bytes, 100 * front.base.val_accuracy, "s", color=_GREY, ms=8)
+        axes.plot(front.base.size_bytes, unit * front.base.val_accuracy, "s", color=_GREY, ms=8)
         _scales(axes, front)
-        _leave_out(axes, [*trials, front.base], "trial")
+        _leave_out(axes, front.base, trials, "trial")
         axes.figure.colorbar(drawn, ax=axes, label="trial")
         axes.set_title("every trial, and what it was trained on from", loc="left")
     return path
@@ -190,22 +190,28 @@ def _scales(axes: Axes, front: ParetoFront) -> None:
     """Bytes, on a logarithmic scale, and accuracy, with a line at the original's."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.axhline(100 * front.base.val_accuracy, color=_GREY, lw=0.8, ls=":")
+    axes.axhline(_unit(front.base) * front.base.val_accuracy, color=_GREY, lw=0.8, ls=":")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: format_size(v)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("size of the file on disk")
-    axes.set_ylabel("accuracy of the decoded model (%)")
+    axes.set_ylabel("accuracy of the decoded model" + (" (%)" if front.base.in_shares else ""))
     axes.grid(alpha=0.25)
 
 
-def _leave_out(axes: Axes, shown: Sequence[Base | FrontPoint | Trial], name: str) -> None:
+def _leave_out(axes: Axes, base: Base, shown: Sequence[FrontPoint | Trial], name: str) -> None:
     """Count what lies far below the best instead of drawing it."""
-    accuracies = [100 * one.val_accuracy for one in shown]
-    floor = max(accuracies) - _SHOWN
+    accuracies = [base.val_accuracy, *(one.val_accuracy for one in shown)]
+    floor = max(accuracies) - _SHOWN * base.skill
     below = sum(accuracy < floor for accuracy in accuracies)
     if below:
-        axes.set_ylim(bottom=floor)
-        text = axes.text(0.35, 0.02, f"{below} {name}{'s' if below > 1 else ''} below {floor:.0f}%", color=_GREY)
+        axes.set_ylim(bottom=_unit(base) * floor)
+        level = f"{100 * floor:.0f}%" if base.in_shares else format_accuracy(floor)
+        text = axes.text(0.35, 0.02, f"{below} {name}{'s' if below > 1 else ''} below {level}", color=_GREY)
         text.set(transform=axes.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+
+
+def _unit(base: Base) -> int:
+    """What accuracies are drawn in: shares as percent, others as they are."""
+    return 100 if base.in_shares else 1

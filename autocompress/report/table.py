@@ -6,7 +6,7 @@ import math
 
 from rich.table import Table
 
-from autocompress.front import ParetoFront
+from autocompress.front import ParetoFront, format_accuracy
 
 
 def front_table(front: ParetoFront) -> Table:
@@ -19,19 +19,19 @@ def front_table(front: ParetoFront) -> Table:
     table.add_row(
         f"{base.size_bytes:,}",
         "1",
-        f"{base.val_accuracy:.4f}",
-        f"{base.test_accuracy:.4f}",
+        format_accuracy(base.val_accuracy),
+        format_accuracy(base.test_accuracy),
         "",
         "float32 state_dict",
         style="dim",
     )
     for point in reversed(front.points):
-        test = "" if point.test_accuracy is None else f"{point.test_accuracy:.4f}"
+        test = "" if point.test_accuracy is None else format_accuracy(point.test_accuracy)
         ratio = base.size_bytes / point.size_bytes
         table.add_row(
             f"{point.size_bytes:,}",
             f"1/{ratio:.1f}" if ratio < 10 else f"1/{ratio:.0f}",
-            f"{point.val_accuracy:.4f}",
+            format_accuracy(point.val_accuracy),
             test,
             str(point.trial),
             point.artifact,
@@ -44,5 +44,5 @@ def overfitting_sentence(front: ParetoFront) -> str:
     gap = front.overfitting()
     if math.isnan(gap):
         return ""
-    judged = "worse" if gap > 0 else "better"
-    return f"against the original, files are {abs(gap):.4f} {judged} on test than on validation (mean of the front)"
+    judged = f"{format_accuracy(abs(gap))} {'worse' if gap > 0 else 'better'}"
+    return f"against the original, files are {judged} on test than on validation (mean of the front)"

@@ -1,6 +1,7 @@
 """Price of bits while fine-tuning: the logarithm of the estimated rate is part of the loss.
 
 So half the bits are worth the same at any size: a price that suits a first step suits the last one too.
+Losses without classes are not in nats: theirs counts in shares of what the mean output loses.
 Rate-aware training makes files 2 to 3 times smaller with the same coder (Wiedemann et al., DeepCABAC,
 2019; Oktay et al., Scalable Model Compression, ICLR 2020).
 

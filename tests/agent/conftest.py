@@ -9,12 +9,14 @@ import pytest
 
 from autocompress.agent.profile import Profile
 from autocompress.agent.study import SearchStudy
+from autocompress.front import Base
 from autocompress.recipe import Recipe
 from autocompress.space import SearchSpace
 from autocompress.trial import TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits
 
 BASE_ACCURACY = 0.95
+BASE = Base(10_000, BASE_ACCURACY, BASE_ACCURACY)
 
 
 @pytest.fixture(scope="session")

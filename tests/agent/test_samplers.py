@@ -15,15 +15,15 @@ from autocompress.agent.profile import Profile
 from autocompress.agent.samplers import NAMES, check_sampler, make_sampler
 from autocompress.agent.study import SearchStudy
 from autocompress.errors import SamplerError
-from autocompress.front import hypervolume
+from autocompress.front import Base, hypervolume
 from autocompress.recipe import Recipe
 from autocompress.trial import TrialResult, TrialSpec
-from tests.agent.conftest import BASE_ACCURACY, Outcome, drive, folder_of
+from tests.agent.conftest import BASE, Outcome, drive, folder_of
 
 
 def study_of(folder: Path, profile: Profile, name: str, budget: int = 24, **constraints: Any) -> SearchStudy:
     limits = {"max_size_bytes": None, "min_accuracy": None, **constraints}
-    sampler = make_sampler(name, profile, budget, BASE_ACCURACY, 0, limits["max_size_bytes"], limits["min_accuracy"])
+    sampler = make_sampler(name, profile, budget, BASE, 0, limits["max_size_bytes"], limits["min_accuracy"])
     return SearchStudy(folder, profile.space, budget, sampler)
 
 
@@ -52,6 +52,24 @@ def test_the_same_seed_asks_the_same(name: str, profile: Profile, outcome: Outco
         study = study_of(folder_of(tmp_path, run), profile, name, 12)
         drive(study, outcome)
         asked.append([t.params for t in study.complete()])
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize(("unit", "chance"), [(2.0**-10, 0.0), (1000.0, -5000.0)])
+def test_a_metric_of_any_scale_is_searched_alike(
+    unit: float, chance: float, profile: Profile, outcome: Outcome, tmp_path: Path
+) -> None:
+    def scaled(spec: TrialSpec) -> TrialResult:
+        result = outcome(spec)
+        return replace(result, val_accuracy=chance + unit * result.val_accuracy)
+
+    base = Base(BASE.size_bytes, chance + unit * BASE.val_accuracy, chance + unit * BASE.test_accuracy, chance)
+    asked = []
+    for place, (original, run) in enumerate([(BASE, outcome), (base, scaled)]):
+        sampler = make_sampler("frontier", profile, 24, original, 0, None, None)
+        study = SearchStudy(folder_of(tmp_path, str(place)), profile.space, 24, sampler)
+        drive(study, run)
+        asked.append([trial.params for trial in study.trials()])
     assert asked[0] == asked[1]
 
 

@@ -15,11 +15,11 @@ from autocompress.agent.study import SearchStudy
 from autocompress.errors import RunError
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult
-from tests.agent.conftest import BASE_ACCURACY, Outcome, drive
+from tests.agent.conftest import BASE, Outcome, drive
 
 
 def study_of(folder: Path, profile: Profile, budget: int = 8) -> SearchStudy:
-    sampler = make_sampler("frontier", profile, budget, BASE_ACCURACY, 0, None, None)
+    sampler = make_sampler("frontier", profile, budget, BASE, 0, None, None)
     return SearchStudy(folder, profile.space, budget, sampler)
 
 
@@ -113,10 +113,10 @@ def test_clearly_dominated_at_the_rung(profile: Profile, tmp_path: Path) -> None
     study.tell(first.number, TrialResult(100, 0.92, 100.0, 1.0))
     predicted = study.get(second.number).user_attrs["predicted_bytes"]
     assert predicted > 200
-    assert is_dominated(study, second.number, Rung(4, 8, 0.7))
-    assert not is_dominated(study, second.number, Rung(4, 8, 0.89))
-    assert not is_dominated(study, second.number, Rung(3, 8, 0.7)), "only the same rung is compared"
-    assert not is_dominated(study, second.number, Rung(4, 8, None))
+    assert is_dominated(study, second.number, Rung(4, 8, 0.7), 0.9)
+    assert not is_dominated(study, second.number, Rung(4, 8, 0.89), 0.9)
+    assert not is_dominated(study, second.number, Rung(3, 8, 0.7), 0.9), "only the same rung is compared"
+    assert not is_dominated(study, second.number, Rung(4, 8, None), 0.9)
 
 
 def test_a_trial_that_was_stopped_counts_as_far_as_it_came(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from autocompress.report.live import LiveView, terminal_plot
 POINTS = ((1000, 0.8), (4000, 0.97), (5000, 0.9), (50_000, 0.98))
 
 
-def progress(done: int, seconds: float, phase: str = "searching", failed: int = 0) -> Progress:
+def progress(done: float, seconds: float, phase: str = "searching", failed: int = 0) -> Progress:
     base = Base(700_000, 0.99, 0.98)
     return Progress(phase, Path("runs/x"), done, failed, 50, seconds, base, POINTS)
 
@@ -38,12 +38,22 @@ def test_the_terminal_plot_marks_front_others_and_original() -> None:
     assert terminal_plot(Progress("searching", Path())).plain == ""
 
 
+def test_the_terminal_plot_of_a_metric_that_is_no_share() -> None:
+    points = ((1000, -8.1e-5), (4000, -3.6e-5))
+    shown = terminal_plot(Progress("searching", Path(), base=Base(9000, -3.5e-5, -3.5e-5, -3e-4), points=points)).plain
+    assert "-3.500e-05 │" in shown
+    assert "-8.100e-05 │" in shown
+    assert len({line.index("│") for line in shown.splitlines() if "│" in line}) == 1
+
+
 def test_time_left_follows_the_rate() -> None:
     console = Console(file=io.StringIO(), width=100)
     with LiveView(console) as view:
         view(progress(0, 5))
         view(progress(10, 25, failed=1))
+        view(progress(25.5, 31))
     assert isinstance(console.file, io.StringIO)
+    assert "25.5/50 trials, 58.8 a minute, 0:25 left" in console.file.getvalue()
     assert "10/50 trials, 30.0 a minute, 1:20 left, 1 failed" in console.file.getvalue()
 
 
