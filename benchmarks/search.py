@@ -1,6 +1,6 @@
 """Frontier search against Optuna's samplers: the same trials, the same fine-tuning, the same reference point.
 
-    python -m benchmarks.search [--data ../shared/data] [--task digits] [--only METHOD ...] [--seeds 5]
+    python -m benchmarks.search [--data ../shared/data] [--task digits] [--only METHOD ...] [--seeds 5] [--trials N]
     python -m benchmarks.search --table | --markdown | --plot FILE
 
 Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number
@@ -248,15 +248,18 @@ def budgets(task: str, method: str, seed: int) -> tuple[int, ...]:
     return (BUDGET,) if method in OPTUNA or seed == 0 else ()
 
 
-def jobs(tasks: list[str], methods: list[str], seeds: int) -> list[Job]:
+def jobs(tasks: list[str], methods: list[str], seeds: int, trials: int | None = None) -> list[Job]:
+    """trials: of each run, instead of what `budgets` says."""
     runs = itertools.product(range(seeds), tasks, methods)
-    return [(task, method, seed, budget) for seed, task, method in runs for budget in budgets(task, method, seed)]
+    lengths = (lambda *run: (trials,)) if trials else budgets
+    return [(task, method, seed, budget) for seed, task, method in runs for budget in lengths(task, method, seed)]
 
 
 def recorded(task: str, method: str, count: int) -> list[dict[str, Any]]:
-    """The runs that tell what a method reaches with `count` trials."""
+    """The runs that tell what a method reaches with `count` trials, of each seed the longest."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{task}-{method}-[0-9]*.json"))]
-    return [r for r in runs if r["job"][3] == count or (r["job"][3] > count and method in OPTUNA)]
+    told = [r for r in runs if r["job"][3] == count or (r["job"][3] > count and method in OPTUNA)]
+    return [*{r["job"][2]: r for r in sorted(told, key=lambda r: r["job"][3])}.values()]
 
 
 def table(
@@ -302,6 +305,7 @@ def main() -> None:
     parser.add_argument("--task", choices=[*TASKS], action="append")
     parser.add_argument("--only", nargs="*", choices=[*METHODS], metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, help="of each run (by default as many as the tables need)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--table", action="store_true", help="print the results there are")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there are (.png, .svg)")
@@ -314,7 +318,9 @@ def main() -> None:
     if given.plot:
         draw(tasks, given.plot)
     if not (given.table or given.markdown or given.plot):
-        wanted = [job for job in jobs(tasks, given.only or DEFAULT, given.seeds) if not path_of(job).is_file()]
+        wanted = [
+            job for job in jobs(tasks, given.only or DEFAULT, given.seeds, given.trials) if not path_of(job).is_file()
+        ]
         trials = left = sum(job[3] for job in wanted)
         began = time.monotonic()
         with multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=1) as pool:
