@@ -6,6 +6,7 @@ here or above takes a metric for a share of right answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.divergence import class_dimension
-from autocompress.errors import AutocompressError
 from autocompress.task import Calibration, batch_size, is_batched, leaves, map_leaves, measure
 
 
@@ -30,7 +30,7 @@ def chance_accuracy(calibration: Calibration, model: nn.Module) -> float:
 
     try:
         return measure(replace(task, forward=forward), model, "val")
-    except AutocompressError:
+    except Exception:  # whatever a user's own metric makes of such outputs
         return 0.0
 
 
@@ -41,10 +41,12 @@ def loss_unit(calibration: Calibration, model: nn.Module) -> float:
     output, target = calibration.run(model)
     if any(isinstance(leaf, Tensor) and class_dimension(leaf, target) is not None for leaf in leaves(output)):
         return 1.0
-    loss = calibration.task.loss
-    size = batch_size(calibration.batches[0])
-    own, chance = float(loss(output, target)), float(loss(_uninformed(calibration, model)(output, size), target))
-    return chance if chance > 0 and chance != own else 1.0
+    uninformed = _uninformed(calibration, model)(output, batch_size(calibration.batches[0]))
+    try:
+        own, chance = (float(calibration.task.loss(out, target)) for out in (output, uninformed))
+    except Exception:  # whatever a user's own loss makes of such outputs
+        return 1.0
+    return chance if 0 < chance < math.inf and chance != own else 1.0
 
 
 def _uninformed(calibration: Calibration, model: nn.Module) -> Callable[[Any, int], Any]:

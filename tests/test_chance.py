@@ -76,6 +76,17 @@ def test_outputs_without_a_mean_leave_accuracies_and_losses_as_they_are() -> Non
     assert base.skill == pytest.approx(0.25), "the size of the accuracy itself, where chance is no worse"
 
 
+def test_a_metric_and_a_loss_that_cannot_do_with_one_output_for_all() -> None:
+    def varied(output: Tensor, target: Tensor) -> Tensor:
+        if float(output.std(0).max()) == 0:
+            raise ValueError("constant")
+        return (output - target).square().mean()
+
+    task = replace(regression(), loss=varied, metric=lambda output, target: -float(varied(output, target)))
+    assert chance_accuracy(calibrated(task), task.build()) == 0
+    assert loss_unit(calibrated(task), task.build()) == 1
+
+
 def test_a_trial_trains_alike_whatever_the_unit_of_the_target(tmp_path: Path) -> None:
     sizes, lost = [], []
     for scale in (2.0**-8, 1.0, 2.0**8):
