@@ -236,7 +236,10 @@ class Controller:
         fruitless = 0
         while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._over():
             before = len(self.study.complete())
-            with tempfile.TemporaryDirectory(prefix=".tune-", dir=self._scratch()) as scratch:
+            # an interrupted Tune may write on for a moment: no reason to end otherwise than by the interrupt
+            with tempfile.TemporaryDirectory(
+                prefix=".tune-", dir=self._scratch(), ignore_cleanup_errors=True
+            ) as scratch:
                 engine.run_trials(sent, self, _MANY, min(self.workers, remaining), self.gpus, Path(scratch))
             if self.refused is not None:
                 raise self.refused

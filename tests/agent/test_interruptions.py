@@ -97,8 +97,8 @@ def test_a_search_that_is_asked_to_end_says_how_to_go_on(tmp_path: Path) -> None
     process = started(run, trials=1)
     process.terminate()
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert told.strip() == f"stopped; finished trials are kept: go on by --resume {run}"
+    said = f"stopped; finished trials are kept: go on by --resume {run}"
+    assert (told.strip(), process.returncode) == (said, 130)
 
 
 def test_a_killed_search_resumes(tmp_path: Path) -> None:
