@@ -22,11 +22,11 @@ from autocompress.task import Calibration, batch_size, is_batched, leaves, map_l
 def chance_accuracy(calibration: Calibration, model: nn.Module) -> float:
     """On the validation split, of the mean output of `model` on the first calibration batch; 0 where the metric, or a
     model whose outputs are no tensors of one shape, does not allow it."""
-    task, uninformed = calibration.task, _uninformed(calibration, model)
+    task, constant = calibration.task, _constant_prediction(calibration, calibration(model))
 
     def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         output, target = task.run(model, batch)
-        return uninformed(output, batch_size(batch)), target
+        return constant(output, batch_size(batch)), target
 
     try:
         return measure(replace(task, forward=forward), model, "val")
@@ -41,29 +41,30 @@ def loss_unit(calibration: Calibration, model: nn.Module) -> float:
     output, target = calibration.run(model)
     if any(isinstance(leaf, Tensor) and class_dimension(leaf, target) is not None for leaf in leaves(output)):
         return 1.0
-    uninformed = _uninformed(calibration, model)(output, batch_size(calibration.batches[0]))
+    constant = _constant_prediction(calibration, output)(output, batch_size(calibration.batches[0]))
     try:
-        own, chance = (float(calibration.task.loss(out, target)) for out in (output, uninformed))
+        own, chance = (float(calibration.task.loss(out, target)) for out in (output, constant))
     except Exception:  # whatever a user's own loss makes of such outputs
         return 1.0
     return chance if 0 < chance < math.inf and chance != own else 1.0
 
 
-def _uninformed(calibration: Calibration, model: nn.Module) -> Callable[[Any, int], Any]:
-    """(output, samples in it) -> what it would be if it were always the mean."""
-
-    def mean(leaf: Any, size: int) -> Tensor | None:
-        return leaf.mean(0) if is_batched(leaf, size) and leaf.is_floating_point() else None
-
-    means = [mean(leaf, batch_size(calibration.batches[0])) for leaf in leaves(calibration(model))]
+def _constant_prediction(calibration: Calibration, calibrated: Any) -> Callable[[Any, int], Any]:
+    """(output, samples in it) -> what it would be if it were always the mean of `calibrated`, the output on the first
+    calibration batch; tensors of other shapes stay."""
+    size = batch_size(calibration.batches[0])
+    means = [
+        leaf.mean(0) if is_batched(leaf, size) and leaf.is_floating_point() else None for leaf in leaves(calibrated)
+    ]
 
     def change(output: Any, size: int) -> Any:
         left = iter(means)
 
         def constant(leaf: Any) -> Any:
-            known = next(left, None)
-            fits = known is not None and is_batched(leaf, size) and leaf.shape[1:] == known.shape
-            return known.expand_as(leaf) if known is not None and fits else leaf
+            mean = next(left, None)
+            if mean is None or not is_batched(leaf, size) or leaf.shape[1:] != mean.shape:
+                return leaf
+            return mean.expand_as(leaf)
 
         return map_leaves(output, constant)
 
