@@ -7,6 +7,7 @@ from .errors import AutocompressError
 from .evaluation import Evaluation, evaluate
 from .exporting import Exported, export
 from .front import FrontPoint, ParetoFront
+from .metric import WholeSplit
 from .recipe import Recipe
 from .searching import profile, resume, search
 from .space import SearchSpace
@@ -27,6 +28,7 @@ __all__ = [
     "Recipe",
     "SearchSpace",
     "Task",
+    "WholeSplit",
     "Workshop",
     "__version__",
     "evaluate",

@@ -19,9 +19,9 @@ from torch_pruning.dependency.group import Group
 
 from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
+from autocompress.nested import leaves
 from autocompress.replacement import Dropped, Elementwise, Replacement, channel_makers
 from autocompress.surgery import owners, resizable, tensors
-from autocompress.task import leaves
 
 MIN_WEIGHTS = 16
 """Tensors with fewer weights are not worth a dimension of their own."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.divergence import class_dimension
-from autocompress.task import Calibration, batch_size, is_batched, leaves, map_leaves, measure
+from autocompress.nested import leaves, map_leaves
+from autocompress.task import Calibration, batch_size, is_batched, measure
 
 
 @torch.no_grad()

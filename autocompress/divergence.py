@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autocompress.task import leaves
+from autocompress.nested import leaves
 
 
 def divergence(student: Any, teacher: Any, target: Any = None, temperature: float = 1.0) -> Tensor:

@@ -118,6 +118,9 @@ class ParetoFront:
     def __iter__(self) -> Iterator[FrontPoint]:
         return iter(self.points)
 
+    def __getitem__(self, index: int) -> FrontPoint:
+        return self.points[index]
+
     def __len__(self) -> int:
         return len(self.points)
 

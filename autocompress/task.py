@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import AutocompressError, TaskError, in_words, near_misses
+from autocompress.metric import Metric, SplitMetric, score
+from autocompress.nested import leaves, map_leaves
 
 Batch = Any
 """`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`)."""
@@ -34,8 +36,8 @@ class Task:
     train, val, test: iterables of batches, or functions that return one. The search selects on `val`;
         `test` is touched only to report.
     loss: `loss(output, target) -> scalar tensor`.
-    metric: `metric(output, target) -> float`, higher is better; averaged over batches weighted by
-        batch size.
+    metric: higher is better. `metric(output, target) -> float` is averaged over batches, weighted by batch size; a
+        `WholeSplit` of it, or what has `reset`, `update` and `compute`, is of the whole split.
     forward: optional `forward(model, batch) -> (output, target)` for batches of any other form.
     pretrain: optional `pretrain(model)` that trains what `model` builds, in place. A search calls it
         once and keeps the weights in the run folder; `evaluate` never does.
@@ -48,7 +50,7 @@ class Task:
     val: Batches
     test: Batches
     loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy
-    metric: Callable[[Any, Any], float] = accuracy
+    metric: Metric = accuracy
     forward: Callable[[nn.Module, Batch], tuple[Any, Any]] | None = None
     pretrain: Callable[[nn.Module], object] | None = None
     epochs: int = 5
@@ -100,28 +102,6 @@ class Task:
         if isinstance(inputs, Mapping):
             return model(**inputs), target
         return model(inputs), target
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """Whatever is in the tuples, lists and mappings of a batch or an output, in their order."""
-    if isinstance(value, (tuple, list, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from leaves(item)
-    else:
-        yield value
-
-
-def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with its leaves changed; tuples, lists and mappings keep their types."""
-    if isinstance(value, MutableMapping):
-        changed = copy.copy(value)
-        for key, item in value.items():
-            changed[key] = map_leaves(item, change)
-        return changed
-    if isinstance(value, (tuple, list)):
-        items = [map_leaves(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return change(value)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -185,26 +165,28 @@ class Calibration:
 
 @torch.no_grad()
 def measure(task: Task, model: nn.Module, split: str) -> float:
-    """Mean metric of `model` on a split, weighted by batch size, to ten decimals: as many right answers in other
-    batches are as good. NaN counts as an error of the trial.
+    """Metric of `model` on a split, to ten decimals: as many right answers in other batches are as good.
 
-    Raises TaskError when the split is empty or the metric is not a number.
+    Raises TaskError when the split is empty, the metric fails, or what it gives is not one finite number.
     """
     was_training = model.training
     model.eval()
     device = device_of(model)
-    total = 0.0
-    count = 0
-    for batch in task.batches(split):
-        output, target = task.run(model, to_device(batch, device))
-        value = float(task.metric(output, target))
-        if not math.isfinite(value):
-            raise TaskError(f"task {task.name!r}: the metric on the {split} split is {value}")
-        size = batch_size(batch)
-        total += value * size
-        count += size
+
+    def judged() -> Iterator[tuple[Any, Any, int]]:
+        for batch in task.batches(split):
+            yield *task.run(model, to_device(batch, device)), batch_size(batch)
+
+    try:
+        value = score(to_device(task.metric, device), judged())
+    except AutocompressError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task {task.name!r}: measuring on the {split} split failed: {in_words(error)}") from error
+    if not math.isfinite(value):
+        raise TaskError(f"task {task.name!r}: the metric on the {split} split is {value}")
     model.train(was_training)
-    return round(total / count, 10)
+    return round(value, 10)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -227,7 +209,8 @@ def check_task(task: Task, model: nn.Module) -> None:
             with torch.no_grad():
                 output, target = task.run(model, batch)
                 loss = task.loss(output, target)
-                task.metric(output, target)
+                if not isinstance(task.metric, SplitMetric):  # which may need more than one batch
+                    score(task.metric, [(output, target, 1)])
         except AutocompressError:
             raise
         except Exception as error:

@@ -25,6 +25,7 @@ from autocompress.artifact import pack, read_artifact, unpack
 from autocompress.chance import loss_unit
 from autocompress.compression import Candidate, activation_modules
 from autocompress.files import write_file
+from autocompress.metric import score
 from autocompress.probing import (
     Prober,
     all_effects,
@@ -38,7 +39,7 @@ from autocompress.probing import (
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.task import Calibration, Task, batch_size, measure, to_device
+from autocompress.task import Calibration, Task, batch_size, device_of, measure, to_device
 from autocompress.techniques.base import maskings
 from autocompress.training import fine_tune, step_costs
 
@@ -122,7 +123,7 @@ def put_channels_last(model: nn.Module, calibration: Calibration) -> None:
     with suppress(Exception):  # whatever a user's own code makes of it
         torch.autograd.backward(calibration.loss(tried.train()))
         with torch.no_grad():
-            calibration.task.metric(*calibration.run(tried.eval()))
+            score(to_device(calibration.task.metric, device_of(tried)), [(*calibration.run(tried.eval()), 1)])
         convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import autocompress
 from autocompress.files import write_file
+from autocompress.nested import leaves
 from autocompress.surgery import tensors
-from autocompress.task import leaves
 from autocompress.trial import Workshop
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, Block, ChannelGraph, read_anatomy
+from autocompress.nested import leaves, map_leaves
 from autocompress.replacement import Replacement
-from autocompress.task import Calibration, leaves, map_leaves
+from autocompress.task import Calibration
 from autocompress.techniques.importance import importance
 from autocompress.techniques.lowrank import KINDS, LowRank, factors, pair, rank_of, weights_saved
 from autocompress.techniques.structure import Structure, offer

@@ -1,0 +1,29 @@
+"""Tuples, lists and mappings of whatever batches and outputs are made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Whatever is in the tuples, lists and mappings of a batch or an output, in their order."""
+    if isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with its leaves changed; tuples, lists and mappings keep their types."""
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)
+        for key, item in value.items():
+            changed[key] = map_leaves(item, change)
+        return changed
+    if isinstance(value, (tuple, list)):
+        items = [map_leaves(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return change(value)
