@@ -9,6 +9,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from autocompress.agent.samplers import make_sampler
 from autocompress.agent.scheduler import is_dominated
 from autocompress.agent.study import SearchStudy
 from autocompress.chance import chance_accuracy
-from autocompress.errors import TargetError
+from autocompress.errors import RunError, TargetError
 from autocompress.files import write_file
 from autocompress.front import Base, ParetoFront, format_accuracy
 from autocompress.sizes import format_size
@@ -99,6 +101,7 @@ class Controller:
         self.pace = Pace(settings.get("time_budget_seconds"))
         self.study: SearchStudy | None = None
         self.ray: engine.Connection | None = None
+        self.starting: Future[engine.Connection] | None = None
         self.refused: Exception | None = None
         self.failures = 0
         self.log = _open_log(folder)
@@ -170,6 +173,7 @@ class Controller:
     def _profile(self) -> Profile:
         path = self.folder / PROFILE
         if not path.is_file():
+            self._start_ray()
             write_file(path, json.dumps(measured_profile(self.workshop, self._measure_profile)).encode())
         return Profile(self.space, self.workshop.anatomy, json.loads(path.read_text()))
 
@@ -179,7 +183,7 @@ class Controller:
 
         if self.workers == 1 or self.workshop.profile_seconds() < WORTH_WORKERS:
             return self.workshop.base_profile(progress)
-        self._start_ray()
+        self._join_ray()
         try:
             parts = engine.measure_profile(self._payload(), self.workers, self.gpus, progress)
         except Exception:
@@ -188,14 +192,23 @@ class Controller:
         return self.workshop.joined_profile(parts)
 
     def _start_ray(self) -> None:
-        if self.ray is None:
+        """As far as it is not there or on its way."""
+        if self.ray is None and self.starting is None:
+            self.starting = engine.starting_ray(self.workers)
+
+    def _join_ray(self) -> None:
+        self._start_ray()
+        if self.ray is None and self.starting is not None:
             self._tell("starting Ray")
-            self.ray = engine.start_ray(self.workers)
+            self.ray = self.starting.result()
 
     def close(self) -> None:
         """End what this run started."""
         if self.study is not None:
             self.study.close()
+        if self.starting is not None:
+            with suppress(RunError):
+                self.ray = self.starting.result()
         if self.ray is not None:
             self.ray.close()
 
@@ -232,7 +245,7 @@ class Controller:
     def _run_engine(self) -> None:
         assert self.study is not None
         sent = self._payload()
-        self._start_ray()
+        self._join_ray()
         fruitless = 0
         while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._over():
             before = len(self.study.complete())

@@ -16,8 +16,9 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -28,6 +29,7 @@ from autocompress.version import __version__
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # its answer to a signal is a trace of the stack
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task may read files by names that are relative to the current folder
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -70,6 +72,7 @@ class Connection:
 
     folder: Path | None = None
     shared: bool = False
+    closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def close(self) -> None:
         """Ends a private Ray, leaves a cluster as it is."""
@@ -79,6 +82,24 @@ class Connection:
             ray.shutdown()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self.closed.set()
+
+
+def starting_ray(workers: int) -> Future[Connection]:
+    """`start_ray`, while something else is done here: it takes seconds, mostly of waiting."""
+    started: Future[Connection] = Future()
+
+    def start() -> None:
+        try:
+            connection = start_ray(workers)
+        except BaseException as error:  # whoever waits for it is told
+            started.set_exception(error)
+        else:
+            started.set_result(connection)
+            connection.closed.wait()  # Ray's processes would end with the thread that started them
+
+    threading.Thread(target=start, daemon=True).start()
+    return started
 
 
 def start_ray(workers: int) -> Connection:
@@ -93,7 +114,7 @@ def start_ray(workers: int) -> Connection:
 
     try:
         # left to itself, Ray rewrites a loopback address to the host's own and listens on every interface
-        with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host), _signals_kept():
+        with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
             ray.init(
                 address="local",
                 num_cpus=workers,
@@ -107,6 +128,8 @@ def start_ray(workers: int) -> Connection:
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise RunError(f"Ray did not start: {error}") from error
+    import autocompress.agent.tuning  # noqa: F401  (takes its time, too)
+
     return Connection(folder)
 
 
@@ -137,7 +160,7 @@ def join_ray(address: str, sample: Path) -> Connection:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Who asks the process to end is answered as before: Ray's own answer is a trace of its stack."""
+    """Who asks the process to end is answered as before, and not by Ray."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

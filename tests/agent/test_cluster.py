@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ NODE = {"num_cpus": 1, "node_ip_address": engine.LOOPBACK, "object_store_memory"
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     token = tmp_path_factory.mktemp("cluster") / "token"
     token.touch(0o600)
-    token.write_text(secrets.token_hex(32))
+    token.write_text(engine._TOKEN)  # Ray's client remembers the first it read
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
