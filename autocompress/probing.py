@@ -22,7 +22,7 @@ from autocompress.divergence import divergence
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names
-from autocompress.space import BoundSpace, without_void
+from autocompress.space import BoundDimension, BoundSpace, without_void
 from autocompress.surgery import assign
 from autocompress.task import Task, batch_size
 from autocompress.techniques.base import coding_of, maskings, structures, trainings
@@ -77,11 +77,12 @@ class Prober:
                 progress(told / 10)
             site, _, dimension = key.rpartition(":")
             present = present_choices.get(key)
-            if key not in without_void({**present_choices, key: choices[0]}):
+            if choices and key not in without_void({**present_choices, key: choices[0]}):
                 continue
+            out[key] = {}
             for choice in choices:
                 rise = 0.0 if choice == present else self._distance_with(candidate, site, dimension, choice) - here
-                out.setdefault(key, {})[str(choice)] = max(0.0, rise)
+                out[key][str(choice)] = max(0.0, rise)
         return out
 
     def _distance_with(self, candidate: Candidate, site: str, dimension: str, choice: Choice) -> float:
@@ -171,39 +172,52 @@ def wanted_choices(space: BoundSpace) -> dict[str, tuple[Choice, ...]]:
     return {d.key: d.choices for d in space if d.name not in trainings()}
 
 
-def needed_choices(space: BoundSpace, anatomy: Anatomy) -> dict[str, tuple[Choice, ...]]:
-    """The choices that are probed: all that are wanted, or, beyond `MANY_PROBES`, all of the first of alike
-    dimensions and the middle one of the others."""
-    firsts = _first_alike(space, anatomy)
-    return {
-        key: choices if firsts[key] == key else (choices[len(choices) // 2],)
-        for key, choices in wanted_choices(space).items()
-    }
+def needed_choices(space: BoundSpace, anatomy: Anatomy, most: int = MANY_PROBES) -> dict[str, tuple[Choice, ...]]:
+    """The choices that are probed: all that are wanted or, where these are more than `most`, all of the first of alike
+    dimensions and the middle one of the others, or none."""
+    needed, on_layers = wanted_choices(space), _on_alike_layers(anatomy)
+    for like, others in ((on_layers, 1), (_anywhere, 1), (_anywhere, 0)):
+        if sum(map(len, needed.values())) <= most:
+            break
+        firsts: dict[Any, str] = {}
+        for d in space:
+            if d.key in needed:
+                first = firsts.setdefault((d.name, d.choices, like(d)), d.key)
+                middle = len(d.choices) // 2
+                needed[d.key] = d.choices if first == d.key else d.choices[middle : middle + others]
+    return needed
 
 
 def all_effects(
     measured: Mapping[str, Mapping[str, float]], space: BoundSpace, anatomy: Anatomy
 ) -> dict[str, dict[str, float]]:
-    """The effects of all wanted choices: those that were not measured are those of the first that is alike, by as
-    much more or less as the middle choice has."""
-    out = {}
-    for key, first in _first_alike(space, anatomy).items():
-        if key in measured and first in measured:
-            known, alike = measured[key], measured[first]
-            (middle, effect), *_ = known.items()
-            out[key] = {c: rise * (effect + 1e-9) / (alike[middle] + 1e-9) for c, rise in alike.items()} | dict(known)
+    """The effects of all wanted choices: those that were not measured are those of the first dimension that is alike,
+    on a layer that is alike where there is one, by as much more or less as the middle choice has."""
+    on_layers, whole, out = _on_alike_layers(anatomy), dict[Any, str](), dict[str, dict[str, float]]()
+    for d in space:
+        if d.key not in measured:
+            continue
+        known, alike = measured[d.key], [(d.name, d.choices, like(d)) for like in (on_layers, _anywhere)]
+        if len(known) == len(d.choices):
+            for kind in alike:
+                whole.setdefault(kind, d.key)
+            out[d.key] = dict(known)
+        elif first := next((whole[kind] for kind in alike if kind in whole), None):
+            effects, scale = measured[first], 1.0
+            for middle, effect in known.items():
+                scale = (effect + 1e-9) / (effects[middle] + 1e-9)
+            out[d.key] = {choice: rise * scale for choice, rise in effects.items()} | dict(known)
     return out
 
 
-def _first_alike(space: BoundSpace, anatomy: Anatomy) -> dict[str, str]:
-    """key -> key of the first dimension of the same choices on a layer of the same kind and shape; where there are
-    few probes, each stands for itself."""
-    wanted = wanted_choices(space)
-    if sum(map(len, wanted.values())) <= MANY_PROBES:
-        return {key: key for key in wanted}
+def _anywhere(dimension: BoundDimension) -> None:
+    """Dimensions of the same choices are alike on all layers."""
+
+
+def _on_alike_layers(anatomy: Anatomy) -> Callable[[BoundDimension], Any]:
+    """Dimension -> what is the same of layers of one kind and shape."""
     layers = {layer.name: (layer.kind, layer.shape) for layer in anatomy.layers}
-    firsts: dict[Any, str] = {}
-    return {d.key: firsts.setdefault((d.name, d.choices, layers.get(d.site)), d.key) for d in space if d.key in wanted}
+    return lambda dimension: layers.get(dimension.site)
 
 
 @torch.no_grad()

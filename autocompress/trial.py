@@ -27,6 +27,7 @@ from autocompress.compression import Candidate, activation_modules
 from autocompress.files import write_file
 from autocompress.metric import score
 from autocompress.probing import (
+    MANY_PROBES,
     Prober,
     all_effects,
     already_met,
@@ -172,28 +173,36 @@ class Workshop:
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
-    def profile_seconds(self) -> float:
-        """About how long `base_profile` takes: one probe, times their number."""
+    def probe_seconds(self) -> float:
+        """About how long it takes to try one choice."""
         prober = self.prober
         began = time.monotonic()
         prober.distance(self.original)
-        return (time.monotonic() - began) * sum(map(len, needed_choices(self.space, self.anatomy).values()))
+        return time.monotonic() - began
 
-    def base_profile(self, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
+    def base_profile(
+        self, progress: Callable[[float], None] = lambda share: None, probes: int = MANY_PROBES
+    ) -> dict[str, Any]:
         """Effects and bytes of every single choice on the original model, as plain data.
 
-        progress: told now and then which share of the choices has been tried.
+        progress: told now and then which share of the choices has been tried. probes: if there are more choices, the
+        effects of some are concluded from others.
         """
-        return self.joined_profile([self.profile_part(0, 1, progress)])
+        return self.joined_profile([self.profile_part(0, 1, progress, probes)])
 
     def profile_part(
-        self, part: int, parts: int, progress: Callable[[float], None] = lambda share: None
+        self,
+        part: int,
+        parts: int,
+        progress: Callable[[float], None] = lambda share: None,
+        probes: int = MANY_PROBES,
     ) -> dict[str, Any]:
         """`base_profile` of every `parts`-th dimension and layer, from the `part`-th on."""
         candidate = Candidate(self.original, self.anatomy, Recipe(), self.calibration)
         vectors, header = vector_bytes(candidate, self.space)
-        wanted = dict(list(needed_choices(self.space, self.anatomy).items())[part::parts])
+        wanted = dict(list(needed_choices(self.space, self.anatomy, probes).items())[part::parts])
         return {
+            "probes": probes,
             "effects": self.prober.effects(candidate, wanted, progress),
             "layer_bytes": layer_bytes(candidate, self.space, list(candidate.layers)[part::parts]),
             "weights_left": weights_left(candidate, self.space),

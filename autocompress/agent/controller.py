@@ -36,6 +36,7 @@ from autocompress.chance import chance_accuracy
 from autocompress.errors import RunError, TargetError
 from autocompress.files import write_file
 from autocompress.front import Base, ParetoFront, format_accuracy
+from autocompress.probing import MANY_PROBES, needed_choices
 from autocompress.sizes import format_size
 from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors
@@ -46,6 +47,8 @@ _MANY = 1_000_000
 PROFILING = "profiling every choice"
 WORTH_WORKERS = 10
 """Seconds that a profile takes at least, for workers to be started to measure it."""
+_PROFILING = 0.25
+"""Share of the time that is left which the profile may take."""
 MAX_FRUITLESS = 3
 """Tune runs in a row that may end without a finished trial before the search gives up."""
 HOPELESS = 8
@@ -181,14 +184,20 @@ class Controller:
         def progress(share: float) -> None:
             self._tell(f"{PROFILING}: {100 * share:.0f}%")
 
-        if self.workers == 1 or self.workshop.profile_seconds() < WORTH_WORKERS:
-            return self.workshop.base_profile(progress)
+        seconds = self.workshop.probe_seconds()
+        if self.gpus or self.workers > torch.get_num_threads():  # a worker has one, this process all of this machine
+            seconds *= (1 if self.gpus else torch.get_num_threads()) / self.workers
+        probes = int(min(MANY_PROBES, _PROFILING * self.pace.left() / seconds))
+        count = sum(map(len, needed_choices(self.space, self.workshop.anatomy, probes).values()))
+        self.log.info("the profile tries %d choices", count)
+        if self.workers == 1 or count * seconds < WORTH_WORKERS:
+            return self.workshop.base_profile(progress, probes)
         self._join_ray()
         try:
-            parts = engine.measure_profile(self._payload(), self.workers, self.gpus, progress)
+            parts = engine.measure_profile(self._payload(), self.workers, self.gpus, progress, probes)
         except Exception:
             self.log.warning("the profile is measured here, not by workers:\n%s", traceback.format_exc())
-            return self.workshop.base_profile(progress)
+            return self.workshop.base_profile(progress, probes)
         return self.workshop.joined_profile(parts)
 
     def _start_ray(self) -> None:

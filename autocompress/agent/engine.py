@@ -225,18 +225,18 @@ def _look(sample: str) -> tuple[str, bool]:
 
 
 def measure_profile(
-    payload: bytes, workers: int, gpus: float, progress: Callable[[float], None]
+    payload: bytes, workers: int, gpus: float, progress: Callable[[float], None], probes: int
 ) -> list[dict[str, Any]]:
     """The parts of the profile, measured by so many workers of the running Ray; two parts a worker.
 
-    payload, gpus: as in `run_trials`.
+    payload, gpus: as in `run_trials`. probes: as in `Workshop.base_profile`.
     """
     import ray
     from ray.util import ActorPool
 
     actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Measurer)
     pool, count = ActorPool([actor.remote(payload) for _ in range(workers)]), 2 * workers
-    measured = pool.map_unordered(lambda measurer, part: measurer.measure.remote(part, count), [*range(count)])
+    measured = pool.map_unordered(lambda measurer, part: measurer.measure.remote(part, count, probes), [*range(count)])
     parts: list[dict[str, Any]] = []
     for part in measured:
         parts.append(part)
@@ -252,8 +252,8 @@ class _Measurer:
         torch.set_num_threads(1)
         self.workshop = cloudpickle.loads(payload)()
 
-    def measure(self, part: int, parts: int) -> dict[str, Any]:
-        measured: dict[str, Any] = self.workshop.profile_part(part, parts)
+    def measure(self, part: int, parts: int, probes: int) -> dict[str, Any]:
+        measured: dict[str, Any] = self.workshop.profile_part(part, parts, probes=probes)
         return measured
 
 

@@ -18,7 +18,10 @@ class Pace:
         """Whether a trial that began now would end after the deadline. took: seconds of those so far."""
         return time.monotonic() + (statistics.median_high(took) if took else 0.0) > self._deadline
 
+    def left(self) -> float:
+        """Seconds until the deadline, infinite where there is none."""
+        return max(self._deadline - time.monotonic(), 0.0)
+
     def fits(self, workers: int, took: Sequence[float]) -> int:
         """Trials that so many workers can still end. took: seconds of at least one."""
-        left = max(self._deadline - time.monotonic(), 0.0)
-        return math.floor(workers * left / max(statistics.median_high(took), 1e-3))
+        return math.floor(workers * self.left() / max(statistics.median_high(took), 1e-3))

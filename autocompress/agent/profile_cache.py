@@ -21,6 +21,7 @@ from torch import Tensor
 import autocompress
 from autocompress.files import write_file
 from autocompress.nested import leaves
+from autocompress.probing import MANY_PROBES
 from autocompress.surgery import tensors
 from autocompress.trial import Workshop
 
@@ -33,6 +34,8 @@ def measured_profile(workshop: Workshop, measure: Callable[[], dict[str, Any]] |
         return known
     except (OSError, ValueError):
         measured = (measure or workshop.base_profile)()
+    if measured["probes"] < MANY_PROBES:  # for want of time: another search may have more
+        return measured
     try:
         write_file(path, json.dumps(measured).encode())
     except OSError as error:  # no home, or a full one: measured again the next time

@@ -23,9 +23,9 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Worksh
     seen: list[Workshop] = []
     measure = Workshop.base_profile
 
-    def spy(self: Workshop, *given: Any) -> object:
+    def spy(self: Workshop, *given: Any, **named: Any) -> object:
         seen.append(self)
-        return measure(self, *given)
+        return measure(self, *given, **named)
 
     monkeypatch.setattr(Workshop, "base_profile", spy)
     return seen
@@ -79,7 +79,8 @@ def test_parts_that_were_measured_apart_are_the_whole() -> None:
     assert [*joined["effects"]] == [*whole["effects"]], "in the same order: the sampler draws along it"
 
 
-def test_beyond_many_probes_alike_layers_are_probed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "probes"), [(42, 6 * 7), (41, 7 + 4 + 7), (17, 7 + 5), (11, 7)])
+def test_beyond_many_probes_alike_layers_are_probed_together(most: int, probes: int) -> None:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(32, 32) for _ in range(5)]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(32, 3))
@@ -89,12 +90,17 @@ def test_beyond_many_probes_alike_layers_are_probed_together(monkeypatch: pytest
     space = "layers: {'*': {weights: [float32, int8, int6, int5, int4, int3, int2]}}"
     one = workshop(Task(model, batches, batches, batches), space)
     exact = one.base_profile()["effects"]
-    monkeypatch.setattr(probing, "MANY_PROBES", 20)
-    probes = sum(len(choices) for choices in probing.needed_choices(one.space, one.anatomy).values())
-    assert probes == 7 + 4 + 7
-    guessed = one.base_profile()["effects"]
+    assert sum(len(choices) for choices in probing.needed_choices(one.space, one.anatomy, most).values()) == probes
+    guessed = one.base_profile(probes=most)["effects"]
     assert guessed.keys() == exact.keys()
     for key, effects in exact.items():
-        assert guessed[key]["int5"] == effects["int5"]
+        assert guessed[key]["int5"] == effects["int5"] or probes == 7
         for choice in ("int4", "int3", "int2"):
-            assert 0.2 < guessed[key][choice] / effects[choice] < 5, "they differ by hundreds from int5 to int2"
+            assert 0.1 < guessed[key][choice] / effects[choice] < 10, "they differ by hundreds from int5 to int2"
+
+
+def test_a_profile_of_fewer_probes_is_not_kept(measurements: list[Workshop]) -> None:
+    measured_profile(workshop(small_digits()), lambda: workshop(small_digits()).base_profile(probes=5))
+    measured_profile(workshop(small_digits()))
+    assert measured_profile(workshop(small_digits()), dict)["probes"] == probing.MANY_PROBES
+    assert len(measurements) == 2
