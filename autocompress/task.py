@@ -121,6 +121,14 @@ def batch_size(batch: Batch) -> int:
     return 1 if first is None or not first.ndim else len(first)
 
 
+def batch_count(task: Task) -> int:
+    """Batches of the train split, at least 1."""
+    try:
+        return max(1, len(task.train))  # type: ignore[arg-type]
+    except TypeError:
+        return max(1, sum(1 for _ in task.batches("train")))
+
+
 def is_batched(leaf: Any, size: int) -> bool:
     """Whether it is a dense tensor with a row for each of `size` samples."""
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.ndim > 0 and len(leaf) == size

@@ -19,7 +19,7 @@ from autocompress.divergence import divergence
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice
-from autocompress.task import Batch, Calibration, Task, batch_size, device_of, to_device
+from autocompress.task import Batch, Calibration, Task, batch_count, batch_size, device_of, to_device
 from autocompress.techniques.base import IntegerCoding, IntegerWeights, Term, TrainingTechnique, trainings
 
 DISTILLATION = 0.5
@@ -71,7 +71,7 @@ def fine_tune(
     scaler = torch.amp.GradScaler(device.type, init_scale=_LOSS_SCALE, enabled=half)
     calibrated = rate is None
     rate = rate or RateModel(candidate)
-    total = epochs * _count(task)
+    total = epochs * batch_count(task)
     every = max(_MASK_EVERY, total // _ROUNDS) if candidate.regrows else _MASK_EVERY
     activations = list(candidate.activations().values())
     made = [technique.term(choice, activations) for technique, choice in candidate.training]
@@ -229,13 +229,6 @@ def _curvature(task: Task, candidate: Candidate) -> dict[str, Tensor]:
 
 def _float(output: Any) -> Any:
     return output.float() if isinstance(output, Tensor) and output.is_floating_point() else output
-
-
-def _count(task: Task) -> int:
-    try:
-        return max(1, len(task.train))  # type: ignore[arg-type]
-    except TypeError:
-        return max(1, sum(1 for _ in task.batches("train")))
 
 
 def _schedule(progress: float) -> float:

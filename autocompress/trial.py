@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from autocompress.probing import (
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.task import Calibration, Task, batch_size, device_of, measure, to_device
+from autocompress.task import Calibration, Task, batch_count, batch_size, device_of, measure, to_device
 from autocompress.techniques.base import maskings
 from autocompress.training import fine_tune, step_costs
 
@@ -52,6 +53,8 @@ ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
 )
 _CALIBRATION = 192
 """Samples on which choices are probed."""
+_PROBED = ("weights", "sparsity", "channels", "structure")
+"""Dimensions of bytes, whose next heavier choices are probed after a trial."""
 _FAR = 0.003
 """Divergence from the original (nats) from which the full learning rate is used."""
 
@@ -157,13 +160,17 @@ class Workshop:
         put_channels_last(self.original, self.calibration)  # so of every candidate, which are copies of it
         self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
         self.space = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space
-        self._prober: Prober | None = None
 
-    @property
+    @cached_property
     def prober(self) -> Prober:
-        if self._prober is None:
-            self._prober = Prober(self.task, self.original, self.calibration.batches)
-        return self._prober
+        return Prober(self.task, self.original, self.calibration.batches)
+
+    @cached_property
+    def trial_prober(self) -> Prober:
+        """On so few batches that the probes of a trial see no more of them than its fine-tuning does: they are forward
+        passes, so a quarter of its work."""
+        seen = batch_count(self.task) * self.task.epochs // max(1, sum(d.name in _PROBED for d in self.space))
+        return Prober(self.task, self.original, self.calibration.batches[: max(1, seen)])
 
     @classmethod
     def on(cls, task: Task, space: SearchSpace, folder: Path, seed: int = 0) -> Workshop:
@@ -246,7 +253,7 @@ class Workshop:
         accuracy = measure(self.task, decoded, "val")
         write_file(folder / CHECKPOINT, save(candidate.state()))
         reached, beyond = self._neighbours(candidate)
-        effects = self.prober.effects(candidate, beyond)
+        effects = self.trial_prober.effects(candidate, beyond)
         zeros = zero_shares(activation_modules(decoded, self.anatomy), lambda: self.calibration(decoded))
         costs = step_costs(candidate, self.calibration)
         result = TrialResult(
@@ -274,7 +281,7 @@ class Workshop:
         present = self.space.complete(candidate.recipe)
         reached, beyond = {}, {}
         for d in self.space:
-            if d.name not in ("weights", "sparsity", "channels", "structure"):
+            if d.name not in _PROBED:
                 continue
             at = d.choices.index(present[d.key]) if present[d.key] in d.choices else -1
             heavier = d.choices[at + 1 :]

@@ -263,3 +263,11 @@ def test_a_trial_tells_which_zeros_its_weights_already_have(tmp_path: Path) -> N
     assert 0.1 < reached <= zeros < beyond
     assert list(result.effects["1:sparsity"]) == [str(beyond)]
     assert "3:sparsity" not in result.reached
+
+
+def test_the_probes_of_a_trial_see_no_more_batches_than_its_fine_tuning(tmp_path: Path) -> None:
+    for epochs, batches in ((1, 1), (4, 2)):  # 9 batches of 128 images each, 2 of them to calibrate
+        task = small_digits(epochs)
+        workshop = Workshop.on(task, SearchSpace.named("default"), tmp_path)
+        assert len(workshop.prober.batches) == 2
+        assert len(workshop.trial_prober.batches) == batches
