@@ -15,6 +15,7 @@ import pytest
 from autocompress import __version__
 from autocompress.cli import main
 from autocompress.task import Task
+from tests.conftest import trials_run_here
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +136,15 @@ def test_inspect_and_spaces(place: Path) -> None:
 
 
 def test_resume_with_a_larger_budget(place: Path) -> None:
-    done = process(place, "search", "--resume", "demo", "--budget", "7", "--json")
+    with trials_run_here():
+        done = cli(place, "search", "--resume", "demo", "--budget", "7", "--json")
+        again = cli(place, "search", "--resume", "demo")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     printed = json.loads(done.stdout)
     assert printed.pop("run") == "runs/demo"
     assert printed == front_of(place)
     assert len(list((place / "runs" / "demo" / "trials").iterdir())) == 7
-    again = process(place, "search", "--resume", "demo")
     assert (place / str(re.search(r"asked for: +(\S+)", again.stdout)[1])).is_file()
 
 

@@ -109,6 +109,7 @@ def test_a_metric_that_gives_no_number_is_refused(metric: Metric, message: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_search_with_a_metric_of_the_whole_split(in_tmp: Path) -> None:
     def macro(output: Tensor, target: Tensor) -> float:
         return float(f1_score(target, output.argmax(1), average="macro", zero_division=0))
