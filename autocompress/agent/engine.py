@@ -275,7 +275,7 @@ def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpu
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=Proposals(supply, numbers),
-            scheduler=Rungs(supply, numbers),
+            scheduler=Rungs(supply, numbers, workers),
             num_samples=remaining,
             max_concurrent_trials=workers,
             reuse_actors=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,17 @@ class Proposals(Searcher):
 
 
 class Rungs(FIFOScheduler):
-    """Stops what the controller calls dominated."""
+    """Stops what the controller calls dominated, and keeps the workers."""
 
-    def __init__(self, supply: Supply, numbers: dict[str, int]) -> None:
+    def __init__(self, supply: Supply, numbers: dict[str, int], workers: int) -> None:
         self._supply, self._numbers = supply, numbers
+        self._kept = workers
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """By itself Tune keeps one idle worker; others it ends, and starts new ones, which takes seconds."""
+        with suppress(AttributeError):  # a Tune that has no such cache
+            tune_controller._actor_cache.increase_max(trial.placement_group_factory, self._kept)
+            self._kept = 0
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         event = json.loads(result["event"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from ray.tune.utils.object_cache import _ObjectCache
 
 from autocompress.agent.engine import start_ray
+from autocompress.agent.tuning import Rungs
 
 
 def listening_elsewhere() -> set[str]:
@@ -32,3 +36,11 @@ def test_nothing_listens_beyond_loopback(capfd: pytest.CaptureFixture[str]) -> N
     assert connection.folder
     assert not connection.folder.exists()
     assert capfd.readouterr() == ("", "")
+
+
+def test_workers_are_kept_for_trials_to_come() -> None:
+    controller, trial = SimpleNamespace(_actor_cache=_ObjectCache()), SimpleNamespace(placement_group_factory="a core")
+    rungs = Rungs(mock.Mock(), {}, workers=3)
+    for _ in range(5):
+        rungs.on_trial_add(controller, trial)
+    assert [controller._actor_cache.cache_object("a core", worker) for worker in range(4)] == [True] * 3 + [False]
