@@ -174,9 +174,11 @@ def wanted_choices(space: BoundSpace) -> dict[str, tuple[Choice, ...]]:
 
 def needed_choices(space: BoundSpace, anatomy: Anatomy, most: int = MANY_PROBES) -> dict[str, tuple[Choice, ...]]:
     """The choices that are probed: all that are wanted or, where these are more than `most`, all of the first of alike
-    dimensions and the middle one of the others, or none."""
-    needed, on_layers = wanted_choices(space), _on_alike_layers(anatomy)
-    for like, others in ((on_layers, 1), (_anywhere, 1), (_anywhere, 0)):
+    dimensions and the middle one of the others. With less than the usual `most`, dimensions of the same choices are
+    alike on all layers at last, and the middle choices go."""
+    needed = wanted_choices(space)
+    coarser = [(_on_alike_layers(anatomy), 1), (_anywhere, 1), (_anywhere, 0)]
+    for like, others in coarser if most < MANY_PROBES else coarser[:1]:
         if sum(map(len, needed.values())) <= most:
             break
         firsts: dict[Any, str] = {}
