@@ -268,8 +268,9 @@ def load_task(name: str) -> Task:
         raise TaskError(f"task {name!r}: another module is called {module_name!r}: rename the file")
     function = getattr(module, function_name, None)
     if not callable(function):
+        public = [other for other in dir(module) if not other.startswith("_")]
         raise TaskError(
-            f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, dir(module))}"
+            f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, public)}"
         )
     try:
         task = function()
