@@ -87,6 +87,8 @@ class Connection:
 
 def starting_ray(workers: int) -> Future[Connection]:
     """`start_ray`, while something else is done here: it takes seconds, mostly of waiting."""
+    import autocompress.agent.tuning  # noqa: F401  (not in the thread: filters of warnings are the whole process's)
+
     started: Future[Connection] = Future()
 
     def start() -> None:
@@ -128,8 +130,6 @@ def start_ray(workers: int) -> Connection:
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise RunError(f"Ray did not start: {error}") from error
-    import autocompress.agent.tuning  # noqa: F401  (takes its time, too)
-
     return Connection(folder)
 
 
