@@ -44,6 +44,12 @@ class Prober:
         self.batch_statistics = bool(batches) and batch_size(batches[0]) >= _FEW
         self.references = [self._run(original, batch) for batch in batches]
 
+    def on_first(self, count: int) -> Prober:
+        """Itself, on so many of its batches."""
+        short = copy.copy(self)
+        short.batches, short.references = self.batches[:count], self.references[:count]
+        return short
+
     def _run(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
         with torch.no_grad(), _batch_norms(model, self.batch_statistics):
             return self.task.run(model, batch)

@@ -170,7 +170,7 @@ class Workshop:
         """On so few batches that the probes of a trial see no more of them than its fine-tuning does: they are forward
         passes, so a quarter of its work."""
         seen = batch_count(self.task) * self.task.epochs // max(1, sum(d.name in _PROBED for d in self.space))
-        return Prober(self.task, self.original, self.calibration.batches[: max(1, seen)])
+        return self.prober.on_first(max(1, seen))
 
     @classmethod
     def on(cls, task: Task, space: SearchSpace, folder: Path, seed: int = 0) -> Workshop:

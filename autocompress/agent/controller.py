@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from autocompress.agent.samplers import make_sampler
 from autocompress.agent.scheduler import is_dominated
 from autocompress.agent.study import SearchStudy
 from autocompress.chance import chance_accuracy
-from autocompress.errors import RunError, TargetError
+from autocompress.errors import TargetError
 from autocompress.files import write_file
 from autocompress.front import Base, ParetoFront, format_accuracy
 from autocompress.probing import MANY_PROBES, needed_choices
@@ -185,14 +184,14 @@ class Controller:
             self._tell(f"{PROFILING}: {100 * share:.0f}%")
 
         seconds = self.workshop.probe_seconds()
-        if self.gpus or self.workers > torch.get_num_threads():  # a worker has one, this process all of this machine
-            seconds *= (1 if self.gpus else torch.get_num_threads()) / self.workers
+        threads = 1 if self.gpus else torch.get_num_threads()  # a worker has one, this process all of this machine
+        seconds *= min(1.0, threads / self.workers)
         probes = int(min(MANY_PROBES, _PROFILING * self.pace.left() / seconds))
         count = sum(map(len, needed_choices(self.space, self.workshop.anatomy, probes).values()))
         self.log.info("the profile tries %d choices", count)
         if self.workers == 1 or count * seconds < WORTH_WORKERS:
             return self.workshop.base_profile(progress, probes)
-        self._join_ray()
+        self._wait_for_ray()
         try:
             parts = engine.measure_profile(self._payload(), self.workers, self.gpus, progress, probes)
         except Exception:
@@ -205,7 +204,7 @@ class Controller:
         if self.ray is None and self.starting is None:
             self.starting = engine.starting_ray(self.workers)
 
-    def _join_ray(self) -> None:
+    def _wait_for_ray(self) -> None:
         self._start_ray()
         if self.ray is None and self.starting is not None:
             self._tell("starting Ray")
@@ -215,9 +214,8 @@ class Controller:
         """End what this run started."""
         if self.study is not None:
             self.study.close()
-        if self.starting is not None:
-            with suppress(RunError):
-                self.ray = self.starting.result()
+        if self.starting is not None and self.starting.exception() is None:
+            self.ray = self.starting.result()
         if self.ray is not None:
             self.ray.close()
 
@@ -254,7 +252,7 @@ class Controller:
     def _run_engine(self) -> None:
         assert self.study is not None
         sent = self._payload()
-        self._join_ray()
+        self._wait_for_ray()
         fruitless = 0
         while (remaining := self.study.remaining()) > 0 and fruitless < MAX_FRUITLESS and not self._over():
             before = len(self.study.complete())

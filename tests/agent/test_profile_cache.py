@@ -94,9 +94,10 @@ def test_beyond_many_probes_alike_layers_are_probed_together(most: int, probes: 
     guessed = one.base_profile(probes=most)["effects"]
     assert guessed.keys() == exact.keys()
     for key, effects in exact.items():
-        assert guessed[key]["int5"] == effects["int5"] or probes == 7
+        if probes > len(effects):  # the middle choice of each
+            assert guessed[key]["int5"] == effects["int5"]
         for choice in ("int4", "int3", "int2"):
-            assert 0.1 < guessed[key][choice] / effects[choice] < 10, "they differ by hundreds from int5 to int2"
+            assert 0.2 < guessed[key][choice] / effects[choice] < 5, "they differ by hundreds from int5 to int2"
 
 
 def test_a_profile_of_fewer_probes_is_not_kept(measurements: list[Workshop]) -> None:
