@@ -3,7 +3,8 @@
 A single step down from a parent hardly tells, a heavy recipe without ancestors does: at half the task's own rate, at
 that, at twice and at four times of it, such a recipe had an accuracy of 0.959, 0.964, 0.969 and 0.974 on one task, of
 0.91, 0.92, 0.87 and 0.80 on another. The guess is one choice above the task's own rate; a budget that is too small for
-a race keeps to it, and the race climbs from there, one choice at a time, while it pays.
+a race keeps to it, and the race climbs from there, one choice at a time, while it pays. Of many workers, who have no
+ancestors to start from yet, up to half try what may be asked next while those before are on their way.
 """
 
 from __future__ import annotations
@@ -56,31 +57,37 @@ class Race:
                     lost = None
                 self._lost[trial.params[self.key]] = lost
 
-    def next(self) -> Choice | None:
-        """What is to be tried now; None when the race is over, or waits for a trial."""
-        return self._climb()[1]
+    def next(self, running: int) -> Choice | None:
+        """What is to be tried now, beside so many trials; None when the race is over, or waits for one of them."""
+        _, choice, waits = self._climb()
+        racing = sum(lost is None for lost in self._lost.values())
+        if waits and 2 * (racing + 1) <= running + 1:
+            untried = [i for i, c in enumerate(self._choices) if c not in self._lost]
+            return self._choices[min(untried, key=lambda i: abs(i - self._guess))] if untried else None
+        return choice
 
     def learning_rate(self, share: float) -> Choice:
         """The winner (the guess, without a race) where `share` is 1, the task's own rate at 0, and between them in
-        steps of the choices."""
-        return self._choices[self._own + round(share * (self._climb()[0] - self._own))]
+        steps of the choices; everywhere the winner, where it is less than the task's own."""
+        won = self._climb()[0]
+        return self._choices[won if won < self._own else self._own + round(share * (won - self._own))]
 
-    def _climb(self) -> tuple[int, Choice | None]:
-        """(place of the winner so far, what is to be tried now)."""
+    def _climb(self) -> tuple[int, Choice | None, bool]:
+        """(place of the winner so far, what is to be tried now, whether that depends on trials that are running)."""
         at = self._guess
         if self._choices[at] not in self._lost:
-            return at, self._choices[at]
+            return at, self._choices[at], False
         for way in (1, -1):
             while 0 <= at + way < len(self._choices):
                 here, there = self._choices[at], self._choices[at + way]
                 if there not in self._lost:
-                    return at, there
+                    return at, there, False
                 before, after = self._lost[here], self._lost[there]
                 if before is None or after is None:
-                    return at, None
+                    return at, None, True
                 if math.isinf(after) or after > _WINS * before:
                     break
                 at += way
             if at != self._guess:
                 break
-        return at, None
+        return at, None, False

@@ -130,6 +130,11 @@ class Proposal:
         return {"parent": self.parent.number if self.parent else None, **told}
 
 
+def _key(told: Mapping[str, Any]) -> tuple[str, int | None, float]:
+    """The same for proposals of the same trial: to train on is one, whatever is foretold of its bytes by now."""
+    return told["move"], told["parent"], 0.0 if told["move"] == "train" else told["target_bytes"]
+
+
 class FrontierSampler(BaseSampler):
     """profile: effects and bytes measured on the original. budget: trials in all. base_accuracy, chance_accuracy: of
     the original, and of what knows nothing, on the validation split. max_size_bytes, min_accuracy: where the search
@@ -215,7 +220,7 @@ class FrontierSampler(BaseSampler):
     ) -> Proposal:
         first, last, count = self._walk(1 + len(running))
         if self.race and self.budget >= _RACE_FROM:
-            learning_rate = self.race.next()
+            learning_rate = self.race.next(len(running))
             if learning_rate is not None:
                 racer = self._step([], self._raced_bytes(), rng, noise=0.0)
                 assert racer.chosen is not None
@@ -294,9 +299,9 @@ class FrontierSampler(BaseSampler):
         going = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
         points = [(p.size, p.accuracy) for p in front]
         points += [(told["target_bytes"], told["expected_accuracy"]) for told in going]
-        taken = {(told["move"], told["parent"], told["target_bytes"]) for told in going}
+        taken = {_key(told) for told in going}
         every = self._proposals(front, done, rng)
-        proposals = [p for p in every if (p.move, p.parent and p.parent.number, p.target_bytes) not in taken] or every
+        proposals = [p for p in every if _key(p.attributes()) not in taken] or every
         steps = [self._as_step(p.move, p.parent, p.target_bytes, region) for p in proposals]
         mean, deviation = self._forecast(done, region)(steps)
         mean += math.log(region.ceiling - self.base_accuracy)
