@@ -183,9 +183,9 @@ def _blocks(
     model: nn.Module, run: Run, layers: list[Layer], groups: tuple[ChannelGroup, ...], steady: set[str]
 ) -> Iterator[Block]:
     """Modules with layers inside; those that share a weight with another are none."""
-    expected = _shape_of(run(model))
+    expected, modules = _tensor_to_tensor(model, run)
     tied = [{id(module) for module, _ in places} for places in owners(model).values() if len(places) > 1]
-    for name in _tensor_to_tensor(model, run):
+    for name in modules:
         module = model.get_submodule(name)
         prefix = f"{name}." if name else ""
         inside = tuple(layer.name for layer in layers if layer.name == name or layer.name.startswith(prefix))
@@ -226,8 +226,9 @@ def _runs_with(model: nn.Module, name: str, module: nn.Module, run: Run, expecte
         model.set_submodule(name, old)
 
 
-def _tensor_to_tensor(model: nn.Module, run: Run) -> dict[str, bool]:
-    """Modules that run once and make one float tensor of another -> whether both have one shape."""
+def _tensor_to_tensor(model: nn.Module, run: Run) -> tuple[Any, dict[str, bool]]:
+    """(shapes of the outputs, modules that run once and make one float tensor of another -> whether both have one
+    shape)."""
     calls: dict[str, list[bool | None]] = {}
 
     def watch(name: str) -> Hook:
@@ -238,10 +239,10 @@ def _tensor_to_tensor(model: nn.Module, run: Run) -> dict[str, bool]:
         return hook
 
     with forward_hooks((module, watch(name)) for name, module in model.named_modules()), torch.no_grad():
-        run(model)
+        shapes = _shape_of(run(model))
     order = [name for name, _ in model.named_modules()]
     once = {name: seen[0] for name, seen in calls.items() if len(seen) == 1 and (seen[0] is not None or not name)}
-    return {name: bool(once[name]) for name in sorted(once, key=order.index)}
+    return shapes, {name: bool(once[name]) for name in sorted(once, key=order.index)}
 
 
 # ------------------------------------------------------------------ channel groups
@@ -371,6 +372,19 @@ class ChannelGraph:
         """The layers that make the channels of this group."""
         return [dep.target.module for dep, _ in self.groups[name] if self._makes(dep)]
 
+    def state(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """What `remove` changes, for `put_back`."""
+        followed = {module for module in self._graph.module2node if isinstance(module, nn.Module)}
+        return [
+            (module, {k: copy.copy(v) if isinstance(v, (dict, list)) else v for k, v in vars(module).items()})
+            for module in followed.union(self.model.modules())
+        ]
+
+    def put_back(self, state: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+        for module, attributes in state:
+            vars(module).clear()
+            vars(module).update(attributes)
+
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove these channels physically from every layer of the group."""
         root = self.groups[name][0].dep
@@ -393,66 +407,81 @@ def _shape_of(output: Any) -> Any:
 def _channel_groups(
     original: nn.Module, run: Run, left_alone: dict[str, str]
 ) -> tuple[tuple[ChannelGroup, ...], dict[str, list[tuple[str, float]]], set[str]]:
-    """The groups that were tried: one channel removed, the model runs, its output keeps its shape.
-
-    Also the groups that touch each tensor, and the blocks that keep the shape of their input all the while.
-    """
+    """The groups that can be removed, the groups that touch each tensor, and the blocks that keep the shape of their
+    input all the while."""
     try:
-        with torch.no_grad():
-            expected = _shape_of(run(original))
-        whole = {key: tuple(getattr(*p[0]).shape) for key, p in owners(original).items()}
-        groups: dict[str, ChannelGroup]
-        touched: dict[str, list[tuple[str, float]]]
-        refused, steady = set[str](), set[str]()
-        while True:
-            trial = copy.deepcopy(original)
-            graph = ChannelGraph(trial, run)
-            left_alone.update(graph.refused)
-            failed = None
-            groups, touched = {}, {}
-            steady = {name for name, same in _tensor_to_tensor(trial, run).items() if same}
-            for name in graph.groups:
-                if name in refused or graph.channels(name) < 2:
-                    continue
-                failed = _try_group(graph, name, run, expected, groups, touched, whole, steady)
-                if failed:
-                    refused.add(name)
-                    left_alone[name] = failed
-                    break
-            if not failed:
-                order = list(graph.names.values())
-                return tuple(sorted(groups.values(), key=lambda g: order.index(g.name))), touched, steady
+        attempt = _Attempt(copy.deepcopy(original), run)
+        left_alone.update(attempt.graph.refused)
+        for name in attempt.graph.groups:
+            failed = attempt.remove(name) if attempt.graph.channels(name) > 1 else ""
+            if failed:
+                left_alone[name] = failed
     except Exception as error:  # the graph cannot follow this model: compress it without channel pruning
         left_alone["channels"] = f"the model cannot be traced for channel pruning: {in_words(error)}"
-        return (), {}, {name for name, same in _tensor_to_tensor(original, run).items() if same}
+        return (), {}, {name for name, same in _tensor_to_tensor(original, run)[1].items() if same}
+    order = list(attempt.graph.names.values())
+    return tuple(sorted(attempt.groups, key=lambda g: order.index(g.name))), attempt.touched, attempt.steady
 
 
-def _try_group(
-    graph: ChannelGraph,
-    name: str,
-    run: Run,
-    expected: Any,
-    groups: dict[str, ChannelGroup],
-    touched: dict[str, list[tuple[str, float]]],
-    whole: dict[str, tuple[int, ...]],
-    steady: set[str],
-) -> str:
-    count = graph.channels(name)
-    before = {key: tuple(getattr(*p[0]).shape) for key, p in owners(graph.model).items()}
-    try:
-        graph.remove(name, [0])
-        with torch.no_grad():
-            got = _shape_of(run(graph.model))
-        steady.intersection_update(name for name, same in _tensor_to_tensor(graph.model, run).items() if same)
-    except Exception as error:
-        return f"the model does not run without one of its channels: {in_words(error)}"
-    if got != expected:
-        return "its channels are outputs of the model"
-    for key, places in owners(graph.model).items():
-        shape = tuple(getattr(*places[0]).shape)
-        for old, new, size in zip(before[key], shape, whole[key], strict=True):
-            if old != new:
-                touched.setdefault(key, []).append((name, (old - new) * count / size))
-    members = tuple(dict.fromkeys(member for member, _ in graph.members(name)))
-    groups[name] = ChannelGroup(name, count, members)
-    return ""
+class _Attempt:
+    """A model from which one group of channels after the other is removed, as far as it then still runs."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model, self._run = model, run
+        self.graph = ChannelGraph(model, run)
+        self._whole = self._shapes()
+        self._expected, modules = _tensor_to_tensor(model, run)
+        self.groups: list[ChannelGroup] = []
+        self.touched: dict[str, list[tuple[str, float]]] = {}
+        self.steady = {name for name, same in modules.items() if same}
+        self._expected_in_training: Any = None
+        with suppress(Exception):  # it may need more samples for that
+            expected, trained = self._in_training()
+            if trained.keys() != modules.keys():
+                self._expected_in_training = expected
+
+    def remove(self, name: str) -> str:
+        """One channel of a group, then half of them: some models run without one, but not without many. When the model
+        does not run as before, all stay, and the reason is returned."""
+        count, members = self.graph.channels(name), self.graph.members(name)
+        before, shapes, steady = self.graph.state(), self._shapes(), set(self.steady)
+        try:
+            self.graph.remove(name, [0])
+            one_less = self._shapes()
+            failed = self._failed(steady)
+            if not failed and count > 3:
+                self.graph.remove(name, list(range(count // 2 - 1)))
+                failed = self._failed(steady)
+        except Exception as error:
+            failed = f"the model does not run without one of its channels: {in_words(error)}"
+        if failed:
+            self.graph.put_back(before)
+            return failed
+        self.steady = steady
+        for key, shape in one_less.items():
+            for old, new, size in zip(shapes[key], shape, self._whole[key], strict=True):
+                if old != new:
+                    self.touched.setdefault(key, []).append((name, (old - new) * count / size))
+        self.groups.append(ChannelGroup(name, count, tuple(dict.fromkeys(member for member, _ in members))))
+        return ""
+
+    def _failed(self, steady: set[str]) -> str:
+        """Why the model does not give what it gave; also takes out of `steady` what is not any more."""
+        shapes, modules = _tensor_to_tensor(self.model, self._run)
+        if shapes != self._expected:
+            return "its channels are outputs of the model"
+        steady.intersection_update(name for name, same in modules.items() if same)
+        if self._expected_in_training is not None and self._in_training()[0] != self._expected_in_training:
+            return "its channels are outputs of the model in training"
+        return ""
+
+    def _in_training(self) -> tuple[Any, dict[str, bool]]:
+        """A model may use layers then that it does not use later."""
+        self.model.train()
+        try:
+            return _tensor_to_tensor(self.model, self._run)
+        finally:
+            self.model.eval()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(getattr(*places[0]).shape) for key, places in owners(self.model).items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy, layer_name
 from autocompress.artifact import Weights
 from autocompress.artifact.container import Plan
+from autocompress.memory_format import mend_memory_format
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names, origins
 from autocompress.space import without_void
@@ -108,6 +109,7 @@ class Candidate:
             model = structure.apply(model, counted(recipe.dimension(name), name, anatomy), run, options)
         if parent:
             _assign_known(model, parent)
+        mend_memory_format(model)
         self.model = model
         self.layers: dict[str, ShadowedLayer] = {}
         places = owners(model)

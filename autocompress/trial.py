@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +16,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
-from torch.nn.utils import convert_conv2d_weight_memory_format
 
 import autocompress.techniques  # noqa: F401  (registers the techniques)
 from autocompress.anatomy import Anatomy, read_anatomy
@@ -26,7 +23,7 @@ from autocompress.artifact import pack, read_artifact, unpack
 from autocompress.chance import loss_unit
 from autocompress.compression import Candidate, activation_modules
 from autocompress.files import write_file
-from autocompress.metric import score
+from autocompress.memory_format import put_channels_last
 from autocompress.probing import (
     MANY_PROBES,
     Prober,
@@ -41,7 +38,7 @@ from autocompress.probing import (
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.task import Calibration, Task, batch_count, batch_size, device_of, measure, to_device
+from autocompress.task import Calibration, Task, batch_count, batch_size, measure, to_device
 from autocompress.techniques.base import maskings
 from autocompress.training import fine_tune, step_costs
 
@@ -115,20 +112,6 @@ def calibration_batches(task: Task, device: torch.device) -> Calibration:
         if count >= _CALIBRATION:
             break
     return Calibration(task, batches)
-
-
-def put_channels_last(model: nn.Module, calibration: Calibration) -> None:
-    """In memory, which takes a quarter of the time of convolutions away; unless the model, the loss or the metric
-    cannot do with what comes out of them then (`view`)."""
-    if not any(isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) for module in model.modules()):
-        return
-    tried = copy.deepcopy(model)
-    convert_conv2d_weight_memory_format(tried, torch.channels_last)
-    with suppress(Exception):  # whatever a user's own code makes of it
-        torch.autograd.backward(calibration.loss(tried.train()))
-        with torch.no_grad():
-            score(to_device(calibration.task.metric, device_of(tried)), [(*calibration.run(tried.eval()), 1)])
-        convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
 def _in_units(task: Task, unit: float) -> Task:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, ChannelGraph, read_anatomy
 from autocompress.task import Task
@@ -70,3 +72,58 @@ def test_what_cannot_be_pruned_is_reported() -> None:
 def test_recurrent_weights_are_layers() -> None:
     names = {layer.name for layer in anatomy_of(zoo_task("lstm")).layers}
     assert {"core.weight_ih_l0", "core.weight_hh_l0", "head"} <= names
+
+
+class Auxiliary(nn.Module):
+    """Has a second head while it is trained, as GoogLeNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3)
+        self.head, self.second = nn.Linear(12, 3), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        middle = self.stem(x).relu()
+        out: Tensor = self.head(self.body(middle).relu().mean((2, 3)))
+        return (out, self.second(middle).mean((2, 3))) if self.training else out
+
+
+class Shared(nn.Module):
+    """Splits its channels into parts of a fixed size and uses as many as there are, as Res2Net does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.parts = nn.Conv2d(1, 16, 3), nn.ModuleList(nn.Conv2d(4, 4, 3) for _ in range(4))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.stem(x).relu(), 4, 1)
+        joined = torch.cat([layer(part) for layer, part in zip(self.parts, parts, strict=True)], 1)
+        out: Tensor = self.head(joined.relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(("kind", "free"), [(Auxiliary, ["body"]), (Shared, [])])
+def test_groups_can_be_removed_together_and_the_model_still_trains(kind: type[nn.Module], free: list[str]) -> None:
+    def run(model: nn.Module) -> object:
+        return model(torch.zeros(4, 1, 9, 9))
+
+    model = kind().eval()
+    groups = [group.name for group in read_anatomy(model, run).groups]
+    assert set(free) <= set(groups)
+    graph = ChannelGraph(model, run)
+    for name in groups:
+        graph.remove(name, list(range(graph.channels(name) // 2)))
+    run(model)
+    run(model.train())
+
+
+def test_what_was_removed_can_be_put_back(any_task: Task) -> None:
+    batch, model = next(any_task.batches("train")), any_task.build()
+    expected = any_task.run(model, batch)[0]
+    graph = ChannelGraph(model, lambda m: any_task.run(m, batch)[0])
+    for name in graph.groups:
+        before = graph.state()
+        graph.remove(name, list(range(graph.channels(name) // 2)))
+        graph.put_back(before)
+        assert torch.equal(any_task.run(model, batch)[0], expected)

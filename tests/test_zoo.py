@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.artifact import load, read_artifact
+from autocompress.compression import Candidate
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
 from autocompress.task import Task, measure
@@ -124,3 +125,34 @@ def test_channels_are_last_in_memory_where_nothing_needs_them_otherwise(viewing:
     weight = next(w for w in workshop.original.parameters() if w.shape == (4, 8, 3, 3))
     assert weight.is_contiguous() == (viewing != "nothing")
     run(workshop, 0, {d.key: d.choices[-1] for d in workshop.space})
+
+
+class Projected(nn.Module):
+    """A residual block with a projection shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(1, 24, 3, padding=1), nn.Conv2d(24, 16, 3, 2, 1)
+        self.shortcut, self.head = nn.Conv2d(24, 16, 1, 2), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        out: Tensor = self.head((self.block(x) + self.shortcut(x)).relu().mean((2, 3)))
+        return out
+
+
+def test_narrow_shortcuts_do_not_end_the_process(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Projected().eval(), torch.randn(48, 1, 16, 16)
+    batches = [(data, model(data).argmax(1))]
+    workshop = workshop_of(Task(model, batches, batches, batches, epochs=8), tmp_path)
+    assert not workshop.original.get_parameter("block.weight").is_contiguous()
+    space = SearchSpace.parse("layers: {stem: {channels: [1.0, 0.3]}}").bind(workshop.anatomy)
+    for number, share in enumerate((1.0, 0.3)):
+        recipe = space.recipe({d.key: share for d in space})
+        candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
+        weight = candidate.model.get_parameter("block.weight")
+        assert weight.shape[1] == (24, 7)[number]
+        assert weight.is_contiguous() == bool(number), "channels are first where there are few"
+        result = workshop.finish(number, recipe)
+        assert 0 <= result.val_accuracy <= 1
