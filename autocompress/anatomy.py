@@ -185,21 +185,25 @@ def _blocks(
     """Modules with layers inside; those that share a weight with another are none."""
     expected, modules = _tensor_to_tensor(model, run)
     tied = [{id(module) for module, _ in places} for places in owners(model).values() if len(places) > 1]
+    inside: dict[str, tuple[str, ...]] = {}
     for name in modules:
-        module = model.get_submodule(name)
         prefix = f"{name}." if name else ""
-        inside = tuple(layer.name for layer in layers if layer.name == name or layer.name.startswith(prefix))
-        own = {id(part) for part in module.modules()}
-        if not inside or any(places & own and places - own for places in tied):
+        within = tuple(layer.name for layer in layers if layer.name == name or layer.name.startswith(prefix))
+        own = {id(part) for part in model.get_submodule(name).modules()}
+        if within and not any(places & own and places - own for places in tied):
+            inside[name] = within
+    parts = {name: model.get_submodule(name) for name in inside}
+    whole = _replaceable(model, {name: _Wrapped(part) for name, part in parts.items() if name}, run, expected)
+    droppable = _replaceable(model, {name: Dropped() for name in whole & steady}, run, expected)
+    for name, part in parts.items():
+        if name and name not in whole:
             continue
-        if name and not _runs_with(model, name, _Wrapped(module), run, expected):
-            continue
+        prefix = f"{name}." if name else ""
         inner = tuple(
             group.name for group in groups if not name or all(member.startswith(prefix) for member in group.members)
         )
-        droppable = bool(name) and name in steady and _runs_with(model, name, Dropped(), run, expected)
-        grouped = getattr(module, "groups", 1) != 1
-        yield Block(name, type(module).__name__, inside, inner, droppable, grouped)
+        grouped = getattr(part, "groups", 1) != 1
+        yield Block(name, type(part).__name__, inside[name], inner, name in droppable, grouped)
 
 
 class _Wrapped(Replacement):
@@ -213,17 +217,32 @@ class _Wrapped(Replacement):
         return self.part(*args, **kwargs)
 
 
-def _runs_with(model: nn.Module, name: str, module: nn.Module, run: Run, expected: Any) -> bool:
-    """Whether the model gives outputs of the same shape with `module` in place of the one named."""
-    old = model.get_submodule(name)
-    model.set_submodule(name, module.eval())
+def _replaceable(model: nn.Module, others: Mapping[str, nn.Module], run: Run, expected: Any) -> set[str]:
+    """Names of the modules that others can stand in for: those at one depth are tried together, and one by one if that
+    fails."""
+    found: set[str] = set()
+    for depth in {name.count(".") for name in others}:
+        level = {name: other for name, other in others.items() if name.count(".") == depth}
+        if _runs_with(model, level, run, expected):
+            found.update(level)
+        else:
+            found.update(name for name, other in level.items() if _runs_with(model, {name: other}, run, expected))
+    return found
+
+
+def _runs_with(model: nn.Module, others: Mapping[str, nn.Module], run: Run, expected: Any) -> bool:
+    """Whether the model gives outputs of the same shape with these modules in place of those named."""
+    old = {name: model.get_submodule(name) for name in others}
+    for name, other in others.items():
+        model.set_submodule(name, other.eval())
     try:
         with torch.no_grad():
             return bool(_shape_of(run(model)) == expected)
     except Exception:  # whatever a model does when a part is missing: it needs the part
         return False
     finally:
-        model.set_submodule(name, old)
+        for name, part in old.items():
+            model.set_submodule(name, part)
 
 
 def _tensor_to_tensor(model: nn.Module, run: Run) -> tuple[Any, dict[str, bool]]:
@@ -376,7 +395,7 @@ class ChannelGraph:
         """What `remove` changes, for `put_back`."""
         followed = {module for module in self._graph.module2node if isinstance(module, nn.Module)}
         return [
-            (module, {k: copy.copy(v) if isinstance(v, (dict, list)) else v for k, v in vars(module).items()})
+            (module, {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(module).items()})
             for module in followed.union(self.model.modules())
         ]
 

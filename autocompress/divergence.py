@@ -47,7 +47,16 @@ def _kl(student: Tensor, teacher: Tensor, classes: int) -> Tensor:
 
 
 def _pairs(student: Any, teacher: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """float32, of all floating-point tensors but single numbers, such as a loss among the outputs."""
-    for own, other in zip(leaves(student), leaves(teacher), strict=True):
-        if isinstance(own, Tensor) and own.is_floating_point() and own.ndim:
-            yield own.float(), other.float()
+    """float32, outputs of one shape, in their order: a model may give more of them while it is trained."""
+    own = [*_outputs(student)]
+    for other in _outputs(teacher):
+        at = next((i for i, output in enumerate(own) if output.shape == other.shape), None)
+        if at is not None:
+            yield own.pop(at).float(), other.float()
+
+
+def _outputs(output: Any) -> Iterator[Tensor]:
+    """All floating-point tensors but single numbers, such as a loss among the outputs."""
+    for leaf in leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
+            yield leaf

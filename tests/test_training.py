@@ -212,6 +212,14 @@ def test_of_several_outputs_those_that_score_classes_count() -> None:
     assert float(divergence(beside, other, target)) > 1
 
 
+def test_outputs_that_only_training_has_are_not_compared() -> None:
+    student, teacher, target = torch.randn(8, 5), torch.randn(8, 5), torch.randint(0, 5, (8,))
+    alone = divergence(student, teacher, target)
+    torch.testing.assert_close(divergence((student, torch.randn(8, 5)), teacher, target), alone)
+    torch.testing.assert_close(divergence({"aux": torch.randn(3), "out": student}, {"out": teacher}, target), alone)
+    assert float(divergence({"loss": torch.randn(())}, [torch.randn(7, 4)], target)) == 0
+
+
 def test_divergence_of_a_language_model_is_over_its_tokens() -> None:
     student, teacher = torch.randn(4, 6, 9), torch.randn(4, 6, 9)
     target = torch.randint(9, (4, 6))
