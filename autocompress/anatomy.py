@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -391,6 +392,18 @@ class ChannelGraph:
         """The layers that make the channels of this group."""
         return [dep.target.module for dep, _ in self.groups[name] if self._makes(dep)]
 
+    def units(self, name: str) -> list[list[int]]:
+        """Channels of the group that can only go together: as after a concatenation with what was computed of them."""
+        root, each = self.groups[name][0].dep, range(self.channels(name))
+
+        def unit(channel: int) -> tuple[int, ...]:
+            with _quiet(), _mended():
+                group = self._graph.get_pruning_group(root.target.module, root.handler, [channel])
+            return tuple(sorted({i for dep, found in group if dep.target is root.target for i in found}))
+
+        alone = unit(0) == (0,)  # then all are
+        return [[channel] for channel in each] if alone else [[*unit] for unit in dict.fromkeys(map(unit, each))]
+
     def state(self) -> list[tuple[nn.Module, dict[str, Any]]]:
         """What `remove` changes, for `put_back`."""
         followed = {module for module in self._graph.module2node if isinstance(module, nn.Module)}
@@ -443,7 +456,7 @@ def _channel_groups(
 
 
 class _Attempt:
-    """A model from which one group of channels after the other is removed, as far as it then still runs."""
+    """A model from which half of one group of channels after the other is removed, as far as it then still runs."""
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model, self._run = model, run
@@ -460,16 +473,19 @@ class _Attempt:
                 self._expected_in_training = expected
 
     def remove(self, name: str) -> str:
-        """One channel of a group, then half of them: some models run without one, but not without many. When the model
+        """One channel of a group, or half of them: some models run without one, but not without many. When the model
         does not run as before, all stay, and the reason is returned."""
-        count, members = self.graph.channels(name), self.graph.members(name)
+        count, members, units = self.graph.channels(name), self.graph.members(name), self.graph.units(name)
         before, shapes, steady = self.graph.state(), self._shapes(), set(self.steady)
+        if len(units) < 2:
+            return "its channels can only be removed all together"
         try:
-            self.graph.remove(name, [0])
+            self.graph.remove(name, units[0])
             one_less = self._shapes()
             failed = self._failed(steady)
-            if not failed and count > 3:
-                self.graph.remove(name, list(range(count // 2 - 1)))
+            if not failed and len(units) > 3:
+                self.graph.put_back(before)
+                self.graph.remove(name, sorted(itertools.chain(*units[: len(units) // 2])))
                 failed = self._failed(steady)
         except Exception as error:
             failed = f"the model does not run without one of its channels: {in_words(error)}"
@@ -480,7 +496,7 @@ class _Attempt:
         for key, shape in one_less.items():
             for old, new, size in zip(shapes[key], shape, self._whole[key], strict=True):
                 if old != new:
-                    self.touched.setdefault(key, []).append((name, (old - new) * count / size))
+                    self.touched.setdefault(key, []).append((name, (old - new) / len(units[0]) * count / size))
         self.groups.append(ChannelGroup(name, count, tuple(dict.fromkeys(member for member, _ in members))))
         return ""
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, ChannelGraph, read_anatomy
-from autocompress.task import Task
+from autocompress.task import Calibration, Task
+from autocompress.techniques.channels import Channels
 from tests.conftest import zoo_task
 
 
@@ -101,6 +102,36 @@ class Shared(nn.Module):
         joined = torch.cat([layer(part) for layer, part in zip(self.parts, parts, strict=True)], 1)
         out: Tensor = self.head(joined.relu().mean((2, 3)))
         return out
+
+
+class Ghost(nn.Module):
+    """Computes half of its channels of the others, and adds those of a shortcut (GhostNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.primary, self.cheap = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.shortcut, self.head = nn.Conv2d(1, 16, 3, padding=1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.primary(x).relu()
+        joined = torch.cat([y, self.cheap(y)], 1) + self.shortcut(x)
+        out: Tensor = self.head(joined.relu().mean((2, 3)))
+        return out
+
+
+def test_channels_that_are_found_twice_go_together() -> None:
+    def run(model: nn.Module) -> object:
+        return model(torch.zeros(4, 1, 9, 9))
+
+    model = Ghost().eval()
+    (group,) = read_anatomy(model, run).groups
+    assert ChannelGraph(model, run).units(group.name) == [[c, c + 8] for c in range(8)]
+    with torch.no_grad():
+        model.primary.weight.mul_(1e-3)  # all of them are weaker than what is computed of them
+    batches = [(torch.randn(8, 1, 9, 9), torch.zeros(8, dtype=torch.long))]
+    Channels().apply(model, {group.name: 6}, Calibration(Task(model, batches, batches, batches), batches))
+    assert [layer.out_channels for layer in (model.primary, model.cheap, model.shortcut)] == [3, 3, 6]
+    run(model)
 
 
 @pytest.mark.parametrize(("kind", "free"), [(Auxiliary, ["body"]), (Shared, [])])

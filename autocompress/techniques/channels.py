@@ -63,7 +63,7 @@ class Channels(StructureTechnique):
         if competing:
             surplus = _least_important(graph, judged, surplus)
         for name, values in judged.items():
-            graph.remove(name, sorted(values.argsort(stable=True)[: surplus[name]].tolist()))
+            graph.remove(name, _weakest(values, graph.units(name), surplus[name]))
         return model
 
     def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
@@ -72,6 +72,16 @@ class Channels(StructureTechnique):
 
     def follows(self, before: Choice, after: Choice) -> bool:
         return float(after) <= float(before)
+
+
+def _weakest(values: Tensor, units: list[list[int]], count: int) -> list[int]:
+    """At least so many channels, the least important units of them; one stays."""
+    out: list[int] = []
+    for unit in sorted(units, key=lambda unit: float(values[unit].mean()))[:-1]:
+        if len(out) >= count:
+            break
+        out += unit
+    return sorted(out)
 
 
 def _least_important(graph: ChannelGraph, judged: Mapping[str, Tensor], surplus: Mapping[str, int]) -> dict[str, int]:
