@@ -210,24 +210,25 @@ def fastest_device() -> str:
 
 
 def check_task(task: Task, model: nn.Module) -> None:
-    """One loss on one training batch and one metric on one batch of each split, or a TaskError."""
-    for split in ("train", "val", "test"):
+    """One loss and one metric on one batch of each split, and one loss in training, or a TaskError."""
+    trained = copy.deepcopy(model).train(task.epochs > 0)
+    for split, how, tried in [(s, "", model) for s in ("train", "val", "test")] + [("train", " in training", trained)]:
         try:
             batch = to_device(next(task.batches(split)), device_of(model))
             with torch.no_grad():
-                output, target = task.run(model, batch)
+                output, target = task.run(tried, batch)
                 loss = task.loss(output, target)
-                if not isinstance(task.metric, SplitMetric):  # which may need more than one batch
+                if tried is model and not isinstance(task.metric, SplitMetric):  # which may need more than one batch
                     score(task.metric, [(output, target, 1)])
         except AutocompressError:
             raise
         except Exception as error:
             raise TaskError(
-                f"task {task.name!r}: a batch of the {split} split does not run: {in_words(error)}"
+                f"task {task.name!r}: a batch of the {split} split does not run{how}: {in_words(error)}"
             ) from error
         if not bool(torch.isfinite(loss).all()):
             raise TaskError(
-                f"task {task.name!r}: the loss on the {split} split is {float(loss):g}; it must be finite: "
+                f"task {task.name!r}: the loss on the {split} split{how} is {float(loss):g}; it must be finite: "
                 "check the inputs and the model's weights"
             )
 

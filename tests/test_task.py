@@ -48,6 +48,26 @@ def test_inputs_are_spread_over_the_model(inputs: Any) -> None:
     assert target == 7
 
 
+class TwoHeads(nn.Module):
+    """Has a second head in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return (self.first(x), self.second(x)) if self.training else self.first(x)
+
+
+def test_a_loss_that_does_not_take_what_comes_out_in_training_is_told_at_once() -> None:
+    task = linear_task(model=TwoHeads())
+    model = task.build()
+    with pytest.raises(TaskError, match="a batch of the train split does not run in training: TypeError"):
+        check_task(task, model)
+    assert not model.training
+    check_task(linear_task(model=TwoHeads(), epochs=0), model)
+
+
 def test_any_other_batch_through_forward() -> None:
     def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         return model(batch["x"]), batch["y"]
