@@ -105,6 +105,7 @@ class Candidate:
                 if structure.permanent and parent_recipe is not None:
                     model = structure.restore(model, parent_recipe.dimension(name))
             _assign_known(model, parent)
+        mend_memory_format(model)
         for name, structure in structures().items():
             model = structure.apply(model, counted(recipe.dimension(name), name, anatomy), run, options)
         if parent:
