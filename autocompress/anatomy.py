@@ -26,8 +26,8 @@ from autocompress.surgery import owners, resizable, tensors
 
 MIN_WEIGHTS = 16
 """Tensors with fewer weights are not worth a dimension of their own."""
-_MOST_MEMBERS = 1000
-"""Places where the channels of one group are found."""
+_MOST_MEMBERS, _MOST_PLACES = 1000, 300_000
+"""Operations in which the channels of one group are found, and places in all of them, of a group of few channels."""
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on a calibration batch and returns its output."""
@@ -282,14 +282,15 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _mended() -> Iterator[None]:
     """Torch-Pruning without two of its faults: it goes on for ever with channels that are cut and joined (rotary
-    embeddings), which find new ways to themselves each time; and it adds up channels before it asks whether all are
-    known."""
+    embeddings, shifted windows), which find new ways to themselves each time; and it adds up channels before it asks
+    whether all are known."""
     add, concat = Group.add_dep, index_mapping.update_concat_index_mapping
 
     def add_dep(group: Any, dep: Any, idxs: Any) -> None:
-        if len(group) >= _MOST_MEMBERS:
-            raise ValueError(f"they are found in more than {_MOST_MEMBERS} places")
         add(group, dep, idxs)
+        group.places = getattr(group, "places", 0) + len(idxs)
+        if len(group) > _MOST_MEMBERS or group.places > max(_MOST_PLACES, _MOST_MEMBERS * len(group[0].idxs)):
+            raise ValueError(f"they are found in more than {group.places - 1:,} places")
 
     def update_concat(graph: Any, node: Any) -> None:
         with suppress(TypeError):
