@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning.dependency import index_mapping
-from torch_pruning.dependency.group import Group
 
+from autocompress.channel_graph import ChannelGraph, Run
 from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
-from autocompress.nested import leaves
-from autocompress.replacement import Dropped, Elementwise, Replacement, channel_makers
-from autocompress.surgery import owners, resizable, tensors
+from autocompress.replacement import Dropped, Replacement
+from autocompress.surgery import owners, tensors
 
 MIN_WEIGHTS = 16
 """Tensors with fewer weights are not worth a dimension of their own."""
-_MOST_MEMBERS, _MOST_PLACES = 1000, 300_000
-"""Operations in which the channels of one group are found, and places in all of them, of a group of few channels."""
-
-Run = Callable[[nn.Module], Any]
-"""Runs a model on a calibration batch and returns its output."""
 
 
 Memberships = tuple[tuple[str, float], ...]
@@ -268,167 +257,6 @@ def _tensor_to_tensor(model: nn.Module, run: Run) -> tuple[Any, dict[str, bool]]
 # ------------------------------------------------------------------ channel groups
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-@contextmanager
-def _mended() -> Iterator[None]:
-    """Torch-Pruning without two of its faults: it goes on for ever with channels that are cut and joined (rotary
-    embeddings, shifted windows), which find new ways to themselves each time; and it adds up channels before it asks
-    whether all are known."""
-    add, concat = Group.add_dep, index_mapping.update_concat_index_mapping
-
-    def add_dep(group: Any, dep: Any, idxs: Any) -> None:
-        add(group, dep, idxs)
-        group.places = getattr(group, "places", 0) + len(idxs)
-        if len(group) > _MOST_MEMBERS or group.places > max(_MOST_PLACES, _MOST_MEMBERS * len(group[0].idxs)):
-            raise ValueError(f"they are found in more than {group.places - 1:,} places")
-
-    def update_concat(graph: Any, node: Any) -> None:
-        with suppress(TypeError):
-            concat(graph, node)
-
-    with (
-        mock.patch.object(Group, "add_dep", add_dep),
-        mock.patch.object(index_mapping, "update_concat_index_mapping", update_concat),
-    ):
-        yield
-
-
-class ChannelGraph:
-    """Torch-Pruning's dependency graph of one model (Fang et al., DepGraph, CVPR 2023)."""
-
-    def __init__(self, model: nn.Module, run: Run) -> None:
-        self.model = model
-        self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
-
-        def outputs(module: nn.Module, _: Any) -> list[Tensor]:
-            return [leaf for leaf in leaves(run(module)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-
-        # what they compute would be followed operation by operation, through the sorting and reshaping of it, too
-        passed = ((module, _input) for module in model.modules() if isinstance(module, Elementwise))
-        with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed):
-            self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
-        self.names = channel_makers(model)
-        self.groups: dict[str, Any] = {}
-        self.refused: dict[str, str] = {}
-        for group in self._all_groups():
-            makers = [dep.target.module for dep, _ in group if self._makes(dep)]
-            named = sorted((self.names.get(id(m), "") for m in makers), key=list(self.names.values()).index)
-            name = named[0] if named else self.names.get(id(group[0].dep.target.module), "?")
-            reason = self._why_not(group, name)
-            if reason:
-                self.refused[name] = reason
-            else:
-                self.groups[name] = group
-
-    def _all_groups(self) -> Iterator[Any]:
-        """That of each layer with channels which is not in one before; those that cannot be followed are refused."""
-        seen: set[nn.Module] = set()
-        for module in [m for m in self._graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]:
-            pruner = self._graph.get_pruner_of_module(module)
-            if module in seen or pruner is None:
-                continue
-            try:
-                channels = list(range(pruner.get_out_channels(module)))
-                with _quiet(), _mended():
-                    group = self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
-            except Exception as error:
-                self.refused[self.names.get(id(module), "?")] = f"its channels cannot be followed: {in_words(error)}"
-                continue
-            seen |= {dep.target.module for dep, _ in group if self._graph.is_out_channel_pruning_fn(dep.handler)}
-            yield group
-
-    def _makes(self, dep: Any) -> bool:
-        """Whether this member produces the channels (and is a layer with weights)."""
-        return isinstance(dep.target.module, (nn.modules.conv._ConvNd, nn.Linear)) and bool(
-            self._graph.is_out_channel_pruning_fn(dep.handler)
-        )
-
-    def _why_not(self, group: Any, name: str) -> str:
-        for dep, _ in group:
-            module = dep.target.module
-            if type(module).__module__.startswith("torch_pruning"):
-                continue
-            through = self.names.get(id(module), "a parameter")
-            if id(module) in self._tied:
-                shares = "shares a weight with another layer"
-                return shares if through == name else f"its channels pass through {through}, which {shares}"
-            if not isinstance(module, nn.Module) or not resizable(module):
-                return f"its channels pass through {through} ({type(module).__name__})"
-        return ""
-
-    def channels(self, name: str) -> int:
-        return len(self.groups[name][0].idxs)
-
-    def members(self, name: str) -> list[tuple[str, str]]:
-        """(module name, "out" or "in") of each layer that the group reaches."""
-        out = []
-        for dep, _ in self.groups[name]:
-            module = dep.target.module
-            if id(module) in self.names and not type(module).__module__.startswith("torch_pruning"):
-                makes = self._graph.is_out_channel_pruning_fn(dep.handler)
-                out.append((self.names[id(module)], "out" if makes else "in"))
-        return out
-
-    def importance(self, name: str, measure: Callable[[Any], Any]) -> Tensor:
-        """Float [channels] by a measure of Torch-Pruning's kind: group -> one number a channel."""
-        with _quiet():
-            return torch.as_tensor(measure(self.groups[name])).detach()
-
-    def weights(self, name: str) -> int:
-        """Elements of the tensors that these channels are a part of."""
-        modules = {dep.target.module for dep, _ in self.groups[name] if isinstance(dep.target.module, nn.Module)}
-        return max(1, sum(p.numel() for module in modules for p in module.parameters(recurse=False)))
-
-    def makers(self, name: str) -> list[nn.Module]:
-        """The layers that make the channels of this group."""
-        return [dep.target.module for dep, _ in self.groups[name] if self._makes(dep)]
-
-    def units(self, name: str) -> list[list[int]]:
-        """Channels of the group that can only go together: as after a concatenation with what was computed of them."""
-        root, each = self.groups[name][0].dep, range(self.channels(name))
-
-        def unit(channel: int) -> tuple[int, ...]:
-            with _quiet(), _mended():
-                group = self._graph.get_pruning_group(root.target.module, root.handler, [channel])
-            return tuple(sorted({i for dep, found in group if dep.target is root.target for i in found}))
-
-        alone = unit(0) == (0,)  # then all are
-        return [[channel] for channel in each] if alone else [[*unit] for unit in dict.fromkeys(map(unit, each))]
-
-    def state(self) -> list[tuple[nn.Module, dict[str, Any]]]:
-        """What `remove` changes, for `put_back`."""
-        followed = {module for module in self._graph.module2node if isinstance(module, nn.Module)}
-        return [
-            (module, {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(module).items()})
-            for module in followed.union(self.model.modules())
-        ]
-
-    def put_back(self, state: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-        for module, attributes in state:
-            vars(module).clear()
-            vars(module).update(attributes)
-
-    def remove(self, name: str, channels: list[int]) -> None:
-        """Remove these channels physically from every layer of the group."""
-        root = self.groups[name][0].dep
-        with _quiet(), _mended():
-            self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
-
-
-def _input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return args[0]
-
-
 def _shape_of(output: Any) -> Any:
     if isinstance(output, Tensor):
         return tuple(output.shape)
@@ -476,8 +304,8 @@ class _Attempt:
     def remove(self, name: str) -> str:
         """One channel of a group, or half of them: some models run without one, but not without many. When the model
         does not run as before, all stay, and the reason is returned."""
-        count, members, units = self.graph.channels(name), self.graph.members(name), self.graph.units(name)
-        before, shapes, steady = self.graph.state(), self._shapes(), set(self.steady)
+        count, members, units = self.graph.channels(name), self.graph.members(name), self.graph.coupled(name)
+        before, shapes, steady = self.graph.snapshot(), self._shapes(), set(self.steady)
         if len(units) < 2:
             return "its channels can only be removed all together"
         try:
@@ -485,13 +313,13 @@ class _Attempt:
             one_less = self._shapes()
             failed = self._failed(steady)
             if not failed and len(units) > 3:
-                self.graph.put_back(before)
+                self.graph.restore(before)
                 self.graph.remove(name, sorted(itertools.chain(*units[: len(units) // 2])))
                 failed = self._failed(steady)
         except Exception as error:
             failed = f"the model does not run without one of its channels: {in_words(error)}"
         if failed:
-            self.graph.put_back(before)
+            self.graph.restore(before)
             return failed
         self.steady = steady
         for key, shape in one_less.items():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, ChannelGraph, read_anatomy
+from autocompress.anatomy import Anatomy, read_anatomy
+from autocompress.channel_graph import ChannelGraph
 from autocompress.task import Calibration, Task
 from autocompress.techniques.channels import Channels
 from tests.conftest import zoo_task
@@ -125,7 +126,7 @@ def test_channels_that_are_found_twice_go_together() -> None:
 
     model = Ghost().eval()
     (group,) = read_anatomy(model, run).groups
-    assert ChannelGraph(model, run).units(group.name) == [[c, c + 8] for c in range(8)]
+    assert ChannelGraph(model, run).coupled(group.name) == [[c, c + 8] for c in range(8)]
     with torch.no_grad():
         model.primary.weight.mul_(1e-3)  # all of them are weaker than what is computed of them
     batches = [(torch.randn(8, 1, 9, 9), torch.zeros(8, dtype=torch.long))]
@@ -154,7 +155,7 @@ def test_what_was_removed_can_be_put_back(any_task: Task) -> None:
     expected = any_task.run(model, batch)[0]
     graph = ChannelGraph(model, lambda m: any_task.run(m, batch)[0])
     for name in graph.groups:
-        before = graph.state()
+        before = graph.snapshot()
         graph.remove(name, list(range(graph.channels(name) // 2)))
-        graph.put_back(before)
+        graph.restore(before)
         assert torch.equal(any_task.run(model, batch)[0], expected)

@@ -9,12 +9,15 @@ shares its weight with another; grouped convolutions that are not depthwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, ChannelGraph
+from autocompress.anatomy import Anatomy
+from autocompress.channel_graph import ChannelGraph
 from autocompress.recipe import Choice
 from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, number_in, register
@@ -63,7 +66,7 @@ class Channels(StructureTechnique):
         if competing:
             surplus = _least_important(graph, judged, surplus)
         for name, values in judged.items():
-            graph.remove(name, _weakest(values, graph.units(name), surplus[name]))
+            graph.remove(name, _weakest(values, graph.coupled(name), surplus[name]))
         return model
 
     def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
@@ -74,13 +77,15 @@ class Channels(StructureTechnique):
         return float(after) <= float(before)
 
 
-def _weakest(values: Tensor, units: list[list[int]], count: int) -> list[int]:
-    """At least so many channels, the least important units of them; one stays."""
+def _weakest(values: Tensor, coupled: list[list[int]], count: int) -> list[int]:
+    """At least so many channels, the least important ones, with what they are coupled to; one stays."""
+    known = values.tolist()
+    means = torch.tensor([math.fsum(known[channel] for channel in unit) / len(unit) for unit in coupled])
     out: list[int] = []
-    for unit in sorted(units, key=lambda unit: float(values[unit].mean()))[:-1]:
+    for place in means.argsort(stable=True).tolist()[:-1]:
         if len(out) >= count:
             break
-        out += unit
+        out += coupled[place]
     return sorted(out)
 
 

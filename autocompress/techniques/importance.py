@@ -22,7 +22,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from autocompress.anatomy import ChannelGraph
+from autocompress.channel_graph import ChannelGraph
 from autocompress.divergence import divergence
 from autocompress.errors import SpaceError
 from autocompress.hooks import Hook, forward_hooks

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Block, ChannelGraph, read_anatomy
+from autocompress.anatomy import Anatomy, Block, read_anatomy
+from autocompress.channel_graph import ChannelGraph
 from autocompress.nested import leaves, map_leaves
 from autocompress.replacement import Replacement
 from autocompress.task import Calibration

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.anatomy import ChannelGraph, read_anatomy
+from autocompress.anatomy import read_anatomy
+from autocompress.channel_graph import ChannelGraph
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
