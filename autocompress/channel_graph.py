@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -114,7 +115,7 @@ class ChannelGraph:
         )
 
     def _why_not(self, group: Any, name: str) -> str:
-        for dep, _ in group:
+        for dep, idxs in group:
             module = dep.target.module
             if type(module).__module__.startswith("torch_pruning"):
                 continue
@@ -122,7 +123,7 @@ class ChannelGraph:
             if id(module) in self._tied:
                 shares = "shares a weight with another layer"
                 return shares if through == name else f"its channels pass through {through}, which {shares}"
-            if not isinstance(module, nn.Module) or not resizable(module):
+            if not isinstance(module, nn.Module) or not resizable(module) or not _is_whole(module, idxs):
                 return f"its channels pass through {through} ({type(module).__name__})"
         return ""
 
@@ -155,16 +156,20 @@ class ChannelGraph:
 
     def coupled(self, name: str) -> list[list[int]]:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
-        computed of them."""
-        root, each = self.groups[name][0].dep, range(self.channels(name))
+        computed of them, or one of each group that a norm has."""
+        group, root, each = self.groups[name], self.groups[name][0].dep, range(self.channels(name))
+        norms = [dep.target.module for dep, _ in group if isinstance(dep.target.module, nn.GroupNorm)]
+        apart = len(each) // math.lcm(*(norm.num_groups for norm in norms))
 
         def unit(channel: int) -> tuple[int, ...]:
             with _quiet(), _mended():
                 group = self._graph.get_pruning_group(root.target.module, root.handler, [channel])
             return tuple(sorted({i for dep, found in group if dep.target is root.target for i in found}))
 
-        alone = all(item.idxs == item.root_idxs for item in self.groups[name]) or unit(0) == (0,)  # then all are
-        return [[channel] for channel in each] if alone else [[*unit] for unit in dict.fromkeys(map(unit, each))]
+        alone = all(item.idxs == item.root_idxs for item in group) or unit(0) == (0,)  # then all are
+        if alone:
+            return [[*each[channel::apart]] for channel in range(apart)]
+        return [[*each]] if apart < len(each) else [[*unit] for unit in dict.fromkeys(map(unit, each))]
 
     def snapshot(self) -> list[tuple[nn.Module, dict[str, Any]]]:
         """What `remove` changes, for `restore`."""
@@ -184,6 +189,13 @@ class ChannelGraph:
         root = self.groups[name][0].dep
         with _quiet(), _mended():
             self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
+
+
+def _is_whole(module: nn.Module, channels: list[int]) -> bool:
+    """Whether each group of a norm can lose as many of these channels: when they are all that it has."""
+    if not isinstance(module, nn.GroupNorm) or module.num_groups == 1:
+        return True
+    return channels == [*range(module.num_channels)]
 
 
 def _input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -45,6 +45,13 @@ def _layer_norm(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer.normalized_shape = shape
 
 
+def _group_norm(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert isinstance(layer, nn.GroupNorm)
+    if shape[0] % layer.num_groups:
+        raise ArtifactError(f"{shape[0]} channels are no multiple of the {layer.num_groups} groups of a GroupNorm")
+    layer.num_channels = shape[0]
+
+
 def _prelu(layer: nn.Module, shape: tuple[int, ...]) -> None:
     assert isinstance(layer, nn.PReLU)
     layer.num_parameters = shape[0]
@@ -55,6 +62,7 @@ _RESIZE: tuple[tuple[type[nn.Module], Callable[[nn.Module, tuple[int, ...]], Non
     (nn.Linear, _linear),
     (_NORM, _norm),
     (nn.LayerNorm, _layer_norm),
+    (nn.GroupNorm, _group_norm),
     (nn.PReLU, _prelu),
 )
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, read_anatomy
+from autocompress.artifact import pack, unpack
 from autocompress.channel_graph import ChannelGraph
+from autocompress.compression import Candidate
+from autocompress.recipe import Recipe
 from autocompress.task import Calibration, Task
 from autocompress.techniques.channels import Channels
 from tests.conftest import zoo_task
@@ -133,6 +136,38 @@ def test_channels_that_are_found_twice_go_together() -> None:
     Channels().apply(model, {group.name: 6}, Calibration(Task(model, batches, batches, batches), batches))
     assert [layer.out_channels for layer in (model.primary, model.cheap, model.shortcut)] == [3, 3, 6]
     run(model)
+
+
+class Normed(nn.Module):
+    """Norms of groups: of three and of two over the same channels, of two over those of two layers, and of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.three, self.two = nn.Conv2d(1, 24, 3, padding=1), nn.GroupNorm(3, 24), nn.GroupNorm(2, 24)
+        self.left, self.right, self.both = nn.Conv2d(24, 8, 1), nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 16)
+        self.body, self.one, self.head = nn.Conv2d(16, 6, 3), nn.GroupNorm(1, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.three(self.stem(x)).relu()).relu()
+        joined = self.both(torch.cat([self.left(y), self.right(x)], 1)).relu()
+        out: Tensor = self.head(self.one(self.body(joined)).relu().mean((2, 3)))
+        return out
+
+
+def test_each_group_of_a_norm_loses_as_many_channels() -> None:
+    batches = [(torch.randn(8, 1, 9, 9), torch.zeros(8, dtype=torch.long))]
+    task = Task(Normed(), batches, batches, batches)
+    model, run = task.build().eval(), Calibration(task, batches)
+    anatomy, graph = read_anatomy(model, run), ChannelGraph(model, run)
+    assert [group.name for group in anatomy.groups] == ["stem", "body"]
+    assert all("both (GroupNorm)" in anatomy.left_alone[name] for name in ("left", "right"))
+    assert graph.coupled("stem") == [[*range(c, 24, 4)] for c in range(4)]
+    assert len(graph.coupled("body")) == 6
+    candidate = Candidate(model, anatomy, Recipe.of({"stem:channels": 0.6, "body:channels": 0.5}), run)
+    assert [candidate.model.get_submodule(n).num_channels for n in ("three", "two", "one")] == [12, 12, 3]
+    decoded = unpack(pack(candidate.weights(), candidate.recipe), Normed)
+    assert torch.equal(run(decoded.eval()), run(candidate.model.eval()))
+    assert decoded.three.num_channels == 12
 
 
 @pytest.mark.parametrize(("kind", "free"), [(Auxiliary, ["body"]), (Shared, [])])
