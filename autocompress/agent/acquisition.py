@@ -7,6 +7,7 @@ log-normal; so the expectation over each step of the front has the form of a put
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from scipy.special import ndtr
 
 from autocompress.agent.profile import Floats
 from autocompress.front import non_dominated
+
+_DRAWS = 12
+"""Of what may come of the trials that are on their way."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,21 @@ def expected_improvement(
     height = (region.ceiling - levels) * ndtr(bound) - lacking * ndtr(bound - deviation[:, None])
     gain: Floats = (width * np.maximum(height, 0.0)).sum(1)
     return gain
+
+
+def drawn_fronts(
+    front: Sequence[tuple[float, float]],
+    pending: Sequence[tuple[float, float, float]],
+    ceiling: float,
+    rng: random.Random,
+) -> list[list[tuple[float, float]]]:
+    """`front` with what may come of trials that are on their way, drawn some times (fantasies, Snoek et al., 2012);
+    `front` alone when none is.
+
+    pending: (bytes, expected accuracy, deviation of the logarithm of what that lacks to the ceiling) of each.
+    """
+
+    def drawn(size: float, expected: float, deviation: float) -> tuple[float, float]:
+        return size, ceiling - (ceiling - expected) * math.exp(deviation * rng.gauss(0, 1))
+
+    return [[*front, *(drawn(*trial) for trial in pending)] for _ in range(_DRAWS if pending else 1)]

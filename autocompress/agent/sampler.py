@@ -28,7 +28,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.agent.acquisition import Region, expected_improvement
+from autocompress.agent.acquisition import Region, drawn_fronts, expected_improvement
 from autocompress.agent.forecast import MOVES, BytesForecast, Forecast, Step
 from autocompress.agent.planner import plan
 from autocompress.agent.profile import Floats, Profile
@@ -113,9 +113,15 @@ class Point:
         return [(name, site) for name, site, c in made if _rebuilds(name) and c != structures()[name].default]
 
 
+_TOLD = ("move", "target_bytes", "predicted_bytes", "expected_accuracy", "deviation")
+ATTRIBUTES = ("parent", *_TOLD)
+"""User attributes of a trial that tell of its proposal."""
+
+
 @dataclass
 class Proposal:
-    """A candidate, and why. target_bytes: aimed at. chosen: the recipe, None until it is planned."""
+    """A candidate, and why. target_bytes: aimed at. chosen: the recipe, None until it is planned. deviation: of the
+    logarithm of what the accuracy lacks, about what is expected of it."""
 
     move: str
     parent: Point | None
@@ -123,11 +129,11 @@ class Proposal:
     chosen: dict[str, Choice] | None = None
     predicted_bytes: float = 0.0
     expected_accuracy: float | None = None
+    deviation: float | None = None
 
     def attributes(self) -> dict[str, Any]:
         """What the trial is told of it."""
-        told = {name: getattr(self, name) for name in ("move", "target_bytes", "predicted_bytes", "expected_accuracy")}
-        return {"parent": self.parent.number if self.parent else None, **told}
+        return {"parent": self.parent.number if self.parent else None, **{name: getattr(self, name) for name in _TOLD}}
 
 
 def _key(told: Mapping[str, Any]) -> tuple[str, int | None, float]:
@@ -293,12 +299,10 @@ class FrontierSampler(BaseSampler):
         return Proposal("step", parent, target, parent.as_asked(chosen) if parent else chosen, predicted)
 
     def _improve(self, done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random) -> Proposal:
-        """What is expected to add most to the front, with those that are on their way as if they were finished, and
-        well (a liar heuristic, Ginsbourger et al., 2010), and none of them once more."""
+        """What is expected to add most to the front, whatever comes of those that are on their way, and none of them
+        once more."""
         front, region = self._front(done), self._region(done)
-        going = [t.user_attrs for t in running if t.user_attrs.get("expected_accuracy") is not None]
-        points = [(p.size, p.accuracy) for p in front]
-        points += [(told["target_bytes"], told["expected_accuracy"]) for told in going]
+        going = [t.user_attrs for t in running if t.user_attrs.get("deviation") is not None]
         taken = {_key(told) for told in going}
         every = self._proposals(front, done, rng)
         proposals = [p for p in every if _key(p.attributes()) not in taken] or every
@@ -306,7 +310,9 @@ class FrontierSampler(BaseSampler):
         mean, deviation = self._forecast(done, region)(steps)
         mean += math.log(region.ceiling - self.base_accuracy)
         sizes = np.array([p.target_bytes for p in proposals])
-        gains = expected_improvement(points, region, sizes, mean, deviation)
+        pending = [(told["target_bytes"], told["expected_accuracy"], told["deviation"]) for told in going]
+        fronts = drawn_fronts([(p.size, p.accuracy) for p in front], pending, region.ceiling, rng)
+        gains = np.mean([expected_improvement(drawn, region, sizes, mean, deviation) for drawn in fronts], axis=0)
         at = int(gains.argmax()) if gains.max() > 0 else int(sizes.argmin())
         best = proposals[at]
         if best.chosen is None:
@@ -317,7 +323,8 @@ class FrontierSampler(BaseSampler):
                     break
         elif best.parent is not None:
             best.chosen = best.parent.as_asked(best.chosen)
-        best.expected_accuracy = region.ceiling - math.exp(mean[at] - deviation[at])
+        best.expected_accuracy = region.ceiling - math.exp(mean[at])
+        best.deviation = float(deviation[at])
         return best
 
     def _proposals(self, front: list[Point], done: Sequence[Point], rng: random.Random) -> list[Proposal]:

@@ -19,7 +19,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.agent.journal import Journal
-from autocompress.agent.sampler import FrontierSampler, distributions
+from autocompress.agent.sampler import ATTRIBUTES, FrontierSampler, distributions
 from autocompress.errors import RunError
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
@@ -164,8 +164,7 @@ class SearchStudy:
         return len(orphans)
 
     def _ask_again(self, trial: FrozenTrial, noted: Mapping[str, Any]) -> None:
-        proposed = ("parent", "move", "target_bytes", "predicted_bytes", "expected_accuracy", "again")
-        keep = {k: v for k, v in trial.user_attrs.items() if k in proposed}
+        keep = {k: v for k, v in trial.user_attrs.items() if k in (*ATTRIBUTES, "again")}
         self._note(trial.number, {"orphan": True})
         self.study.tell(trial.number, state=TrialState.FAIL)
         self.study.enqueue_trial(dict(trial.params), user_attrs={**keep, **noted})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.agent.acquisition import Region, expected_improvement
+from autocompress.agent.acquisition import Region, drawn_fronts, expected_improvement
 from autocompress.front import hypervolume
 
 REGION = Region(1e-3, 1e6, 0.85, 1.0)
@@ -61,3 +64,21 @@ def test_meeting_an_accuracy_is_worth_most() -> None:
 def test_what_is_likely_dominated_earns_next_to_nothing() -> None:
     assert of_one([(1000.0, 0.99)], REGION, 2000.0, np.log(0.05), 0.1) < 1e-6
     assert of_one([(1000.0, 0.99)], REGION, 500.0, np.log(0.05), 0.1) > 0.05
+
+
+def test_what_is_on_its_way_is_drawn_as_it_is_expected() -> None:
+    front, rng = [(1000.0, 0.95)], random.Random(0)
+    assert drawn_fronts(front, [], 1.0, rng) == [front]
+    fronts = [f for _ in range(100) for f in drawn_fronts(front, [(500.0, 0.9, 0.3), (200.0, 0.8, 0.0)], 1.0, rng)]
+    assert all(f[0] == front[0] and f[2] == pytest.approx((200.0, 0.8)) for f in fronts)
+    lacks = np.log([1 - f[1][1] for f in fronts])
+    assert lacks.mean() == pytest.approx(math.log(0.1), abs=0.05)
+    assert lacks.std() == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_trial_on_its_way_leaves_its_neighbours_as_much_as_it_is_doubtful() -> None:
+    gains = []
+    for deviation in (0.1, 1.0):
+        fronts = drawn_fronts([], [(500.0, 0.95, deviation)], 1.0, random.Random(0))
+        gains.append(np.mean([of_one(front, REGION, 500.0, math.log(0.05), 0.1) for front in fronts]))
+    assert 0 < 2 * gains[0] < gains[1]
