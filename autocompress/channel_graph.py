@@ -175,7 +175,7 @@ class ChannelGraph:
         """What `remove` changes, for `restore`."""
         followed = {module for module in self._graph.module2node if isinstance(module, nn.Module)}
         return [
-            (module, {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(module).items()})
+            (module, {k: v.copy() if type(v) in (dict, list) else v for k, v in vars(module).items()})
             for module in followed.union(self.model.modules())
         ]
 
