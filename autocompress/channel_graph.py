@@ -115,15 +115,15 @@ class ChannelGraph:
         )
 
     def _why_not(self, group: Any, name: str) -> str:
-        for dep, idxs in group:
-            module = dep.target.module
+        for item in group:
+            module = item.dep.target.module
             if type(module).__module__.startswith("torch_pruning"):
                 continue
             through = self.names.get(id(module), "a parameter")
             if id(module) in self._tied:
                 shares = "shares a weight with another layer"
                 return shares if through == name else f"its channels pass through {through}, which {shares}"
-            if not isinstance(module, nn.Module) or not resizable(module) or not _is_whole(module, idxs):
+            if not isinstance(module, nn.Module) or not resizable(module) or not _has_just(module, item):
                 return f"its channels pass through {through} ({type(module).__name__})"
         return ""
 
@@ -191,11 +191,11 @@ class ChannelGraph:
             self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
 
 
-def _is_whole(module: nn.Module, channels: list[int]) -> bool:
-    """Whether each group of a norm can lose as many of these channels: when they are all that it has."""
+def _has_just(module: nn.Module, item: Any) -> bool:
+    """Whether each group of a norm can lose as many channels: when it has those of this member, and no others."""
     if not isinstance(module, nn.GroupNorm) or module.num_groups == 1:
         return True
-    return channels == [*range(module.num_channels)]
+    return bool(item.root_idxs == item.idxs == [*range(module.num_channels)])
 
 
 def _input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
