@@ -42,10 +42,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _mended() -> Iterator[None]:
-    """Torch-Pruning without two of its faults: it goes on for ever with channels that are cut and joined (rotary
-    embeddings, shifted windows), which find new ways to themselves each time; and it adds up channels before it asks
-    whether all are known."""
-    add, concat = Group.add_dep, index_mapping.update_concat_index_mapping
+    """Torch-Pruning without three of its faults: it goes on for ever with channels that are cut and joined (rotary
+    embeddings, shifted windows), which find new ways to themselves each time; it adds up channels before it asks
+    whether all are known; and it divides by their number where it knows none (shuffled channels)."""
+    add = Group.add_dep
 
     def add_dep(group: Any, dep: Any, idxs: Any) -> None:
         add(group, dep, idxs)
@@ -53,13 +53,19 @@ def _mended() -> Iterator[None]:
         if len(group) > _MOST_MEMBERS or group.places > max(_MOST_PLACES, _MOST_MEMBERS * len(group[0].idxs)):
             raise ValueError(f"they are found in more than {group.places - 1:,} places")
 
-    def update_concat(graph: Any, node: Any) -> None:
-        with suppress(TypeError):
-            concat(graph, node)
+    def without(error: type[Exception], update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def tried(graph: Any, node: Any) -> None:
+            with suppress(error):
+                update(graph, node)
 
+        return tried
+
+    concat = without(TypeError, index_mapping.update_concat_index_mapping)
+    reshape = without(ZeroDivisionError, index_mapping.update_reshape_index_mapping)
     with (
         mock.patch.object(Group, "add_dep", add_dep),
-        mock.patch.object(index_mapping, "update_concat_index_mapping", update_concat),
+        mock.patch.object(index_mapping, "update_concat_index_mapping", concat),
+        mock.patch.object(index_mapping, "update_reshape_index_mapping", reshape),
     ):
         yield
 

@@ -170,7 +170,32 @@ def test_each_group_of_a_norm_loses_as_many_channels() -> None:
     assert decoded.three.num_channels == 12
 
 
-@pytest.mark.parametrize(("kind", "free"), [(Auxiliary, ["body"]), (Shared, [])])
+class Shuffled(nn.Module):
+    """Mixes the halves of its channels from unit to unit (ShuffleNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 3)
+        self.units = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 4, 1))
+            for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for unit in self.units:
+            kept, changed = x.chunk(2, 1)
+            x = torch.cat([kept, unit(changed)], 1)
+            count, channels, height, width = x.shape
+            x = x.view(count, 2, channels // 2, height, width).transpose(1, 2).reshape(x.shape)
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+INSIDE = [f"units.{unit}.0" for unit in range(3)]
+
+
+@pytest.mark.parametrize(("kind", "free"), [(Auxiliary, ["body"]), (Shared, []), (Shuffled, INSIDE)])
 def test_groups_can_be_removed_together_and_the_model_still_trains(kind: type[nn.Module], free: list[str]) -> None:
     def run(model: nn.Module) -> object:
         return model(torch.zeros(4, 1, 9, 9))
