@@ -40,6 +40,14 @@ def _quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
+class _EndlessError(Exception):
+    """A group that is given up."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(f"they are found in more than {group.places - 1:,} places")
+        self.group = group
+
+
 @contextmanager
 def _mended() -> Iterator[None]:
     """Torch-Pruning without three of its faults: it goes on for ever with channels that are cut and joined (rotary
@@ -51,7 +59,7 @@ def _mended() -> Iterator[None]:
         add(group, dep, idxs)
         group.places = getattr(group, "places", 0) + len(idxs)
         if len(group) > _MOST_MEMBERS or group.places > max(_MOST_PLACES, _MOST_MEMBERS * len(group[0].idxs)):
-            raise ValueError(f"they are found in more than {group.places - 1:,} places")
+            raise _EndlessError(group)
 
     def without(error: type[Exception], update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         def tried(graph: Any, node: Any) -> None:
@@ -88,8 +96,9 @@ class ChannelGraph:
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
         for group in self._all_groups():
-            makers = [dep.target.module for dep, _ in group if self._makes(dep)]
-            named = sorted((self.names.get(id(m), "") for m in makers), key=list(self.names.values()).index)
+            named = sorted(
+                (self.names.get(id(m), "") for m in self._makers(group)), key=list(self.names.values()).index
+            )
             name = named[0] if named else self.names.get(id(group[0].dep.target.module), "?")
             reason = self._why_not(group, name)
             if reason:
@@ -108,11 +117,19 @@ class ChannelGraph:
                 channels = list(range(pruner.get_out_channels(module)))
                 with _quiet(), _mended():
                     group = self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+            except _EndlessError as endless:
+                makers = self._makers(endless.group)
+                reason = f"its channels cannot be followed: {endless}"
+                self.refused |= {self.names[id(maker)]: reason for maker in makers}
+                seen.update(makers)
             except Exception as error:
                 self.refused[self.names.get(id(module), "?")] = f"its channels cannot be followed: {in_words(error)}"
-                continue
-            seen |= {dep.target.module for dep, _ in group if self._graph.is_out_channel_pruning_fn(dep.handler)}
-            yield group
+            else:
+                seen.update(self._makers(group))
+                yield group
+
+    def _makers(self, group: Any) -> list[nn.Module]:
+        return [dep.target.module for dep, _ in group if self._makes(dep)]
 
     def _makes(self, dep: Any) -> bool:
         """Whether this member produces the channels (and is a layer with weights)."""
@@ -158,7 +175,7 @@ class ChannelGraph:
 
     def makers(self, name: str) -> list[nn.Module]:
         """The layers that make the channels of this group."""
-        return [dep.target.module for dep, _ in self.groups[name] if self._makes(dep)]
+        return self._makers(self.groups[name])
 
     def coupled(self, name: str) -> list[list[int]]:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
