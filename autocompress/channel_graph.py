@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
@@ -79,9 +79,10 @@ def _mended() -> Iterator[None]:
 
 
 class ChannelGraph:
-    """Torch-Pruning's dependency graph of one model (Fang et al., DepGraph, CVPR 2023)."""
+    """Torch-Pruning's dependency graph of one model (Fang et al., DepGraph, CVPR 2023). only: the groups to look at, by
+    name; all by default."""
 
-    def __init__(self, model: nn.Module, run: Run) -> None:
+    def __init__(self, model: nn.Module, run: Run, only: Collection[str] = ()) -> None:
         self.model = model
         self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
 
@@ -95,10 +96,8 @@ class ChannelGraph:
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
-        for group in self._all_groups():
-            named = sorted(
-                (self.names.get(id(m), "") for m in self._makers(group)), key=list(self.names.values()).index
-            )
+        for group in self._groups(only):
+            named = sorted({self.names[id(m)] for m in self._makers(group)}, key=[*self.names.values()].index)
             name = named[0] if named else self.names.get(id(group[0].dep.target.module), "?")
             reason = self._why_not(group, name)
             if reason:
@@ -106,27 +105,37 @@ class ChannelGraph:
             else:
                 self.groups[name] = group
 
-    def _all_groups(self) -> Iterator[Any]:
+    def _groups(self, only: Collection[str]) -> Iterator[Any]:
         """That of each layer with channels which is not in one before; those that cannot be followed are refused."""
+        layers = [m for m in self._graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
         seen: set[nn.Module] = set()
-        for module in [m for m in self._graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]:
-            pruner = self._graph.get_pruner_of_module(module)
-            if module in seen or pruner is None:
+        for layer in layers:
+            name = self.names.get(id(layer), "?")
+            if layer in seen or self._graph.get_pruner_of_module(layer) is None or (only and name not in only):
                 continue
             try:
-                channels = list(range(pruner.get_out_channels(module)))
-                with _quiet(), _mended():
-                    group = self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+                group = self._of(layer)
+                if only:  # it begins where it does when all are looked at: there its channels are counted
+                    makers = self._makers(group)
+                    group = self._of(next(maker for maker in layers if maker in makers))
             except _EndlessError as endless:
                 makers = self._makers(endless.group)
                 reason = f"its channels cannot be followed: {endless}"
                 self.refused |= {self.names[id(maker)]: reason for maker in makers}
                 seen.update(makers)
             except Exception as error:
-                self.refused[self.names.get(id(module), "?")] = f"its channels cannot be followed: {in_words(error)}"
+                self.refused[name] = f"its channels cannot be followed: {in_words(error)}"
             else:
                 seen.update(self._makers(group))
                 yield group
+
+    def _of(self, layer: nn.Module) -> Any:
+        """The group of the channels that the layer makes."""
+        pruner = self._graph.get_pruner_of_module(layer)
+        with _quiet(), _mended():
+            return self._graph.get_pruning_group(
+                layer, pruner.prune_out_channels, [*range(pruner.get_out_channels(layer))]
+            )
 
     def _makers(self, group: Any) -> list[nn.Module]:
         return [dep.target.module for dep, _ in group if self._makes(dep)]

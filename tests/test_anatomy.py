@@ -210,6 +210,21 @@ def test_groups_can_be_removed_together_and_the_model_still_trains(kind: type[nn
     run(model.train())
 
 
+def test_a_group_is_the_same_when_it_alone_is_looked_at(any_task: Task) -> None:
+    batch = next(any_task.batches("train"))
+    cases = [
+        (any_task.build(), lambda m: any_task.run(m, batch)[0]),
+        (Ghost().eval(), lambda m: m(torch.zeros(2, 1, 9, 9))),
+    ]
+    for model, run in cases:
+        every = ChannelGraph(model, run)
+        for name in every.groups:
+            alone = ChannelGraph(model, run, only=[name])
+            assert [*alone.groups] == [name]
+            assert alone.coupled(name) == every.coupled(name)
+            assert sorted(alone.members(name)) == sorted(every.members(name))
+
+
 class Settings(dict[str, int]):
     """As diffusers keeps them in its models: a dict that has more to it, which a copy would lose."""
 

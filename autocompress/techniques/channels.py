@@ -55,7 +55,7 @@ class Channels(StructureTechnique):
         """`chosen` holds channel counts (site -> int): counts, unlike shares, also fit a pruned model."""
         if not chosen:
             return model
-        graph = ChannelGraph(model, run.shortened(model))
+        graph = ChannelGraph(model, run.shortened(model), only=chosen)
         surplus = {name: graph.channels(name) - int(count) for name, count in chosen.items() if name in graph.groups}
         options = options or {}
         # all judged before any is removed: removal shifts the channels of concatenations
