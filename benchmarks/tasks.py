@@ -153,13 +153,17 @@ def _pretrain(
 
 
 def _with_kept_original(task: Task) -> Task:
-    """The same task, whose original is trained once and kept in runs/."""
+    """The same task, whose original is trained once and kept in runs/: by one thread, since sums of several are others,
+    and so is then the original."""
     pretrain, path = task.pretrain, Path("runs") / "bench-originals" / f"{task.name}.safetensors"
     assert pretrain is not None
 
     def load_or_train(model: nn.Module) -> None:
         if not path.is_file():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
             pretrain(model)
+            torch.set_num_threads(threads)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_model(model, str(path))
         load_model(model, str(path))
