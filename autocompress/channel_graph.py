@@ -96,9 +96,9 @@ class ChannelGraph:
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
+        order = [*self.names.values()]
         for group in self._groups(only):
-            named = sorted({self.names[id(m)] for m in self._makers(group)}, key=[*self.names.values()].index)
-            name = named[0] if named else self.names.get(id(group[0].dep.target.module), "?")
+            name = min((self.names[id(maker)] for maker in self._makers(group)), key=order.index)
             reason = self._why_not(group, name)
             if reason:
                 self.refused[name] = reason
@@ -110,14 +110,15 @@ class ChannelGraph:
         layers = [m for m in self._graph.module2node if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
         seen: set[nn.Module] = set()
         for layer in layers:
-            name = self.names.get(id(layer), "?")
+            name = self.names[id(layer)]
             if layer in seen or self._graph.get_pruner_of_module(layer) is None or (only and name not in only):
                 continue
             try:
                 group = self._of(layer)
                 if only:  # it begins where it does when all are looked at: there its channels are counted
                     makers = self._makers(group)
-                    group = self._of(next(maker for maker in layers if maker in makers))
+                    first = next(maker for maker in layers if maker in makers)
+                    group = group if first is layer else self._of(first)
             except _EndlessError as endless:
                 makers = self._makers(endless.group)
                 reason = f"its channels cannot be followed: {endless}"

@@ -3,8 +3,9 @@
 Groups come from Torch-Pruning's dependency graph (Fang et al., DepGraph, CVPR 2023); the least important
 channels go first, by the criterion of `importance.py`, within each group or over all of them (`ranking.py`).
 
-Not for channels that are outputs of the model, that pass through a recurrent or attention module, or whose layer
-shares its weight with another; grouped convolutions that are not depthwise.
+Not for channels that are outputs of the model, that pass through a recurrent or attention module, that a norm of groups
+sees together with those of other layers, or whose layer shares its weight with another; grouped convolutions that are
+not depthwise.
 """
 
 from __future__ import annotations
