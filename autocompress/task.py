@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -269,9 +270,10 @@ def load_task(name: str) -> Task:
         raise TaskError(f"task {name!r}: another module is called {module_name!r}: rename the file")
     function = getattr(module, function_name, None)
     if not callable(function):
-        public = [other for other in dir(module) if not other.startswith("_")]
+        defined = [k for k, v in inspect.getmembers(module, inspect.isfunction) if v.__module__ == module.__name__]
+        functions = [other for other in defined if not other.startswith("_")]
         raise TaskError(
-            f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, public)}"
+            f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, functions)}"
         )
     try:
         task = function()

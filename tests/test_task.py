@@ -187,6 +187,8 @@ def test_own_tasks_are_found_in_the_current_folder(in_tmp: Path) -> None:
     assert load_task("found_here:task").name == "found_here:task"
     with pytest.raises(TaskError, match=r"no function 'tusk'; did you mean 'task'"):
         load_task("found_here:tusk")
+    with pytest.raises(TaskError, match=r"no function 'other'; choose one of: task$"):  # of what it defines
+        load_task("found_here:other")
 
 
 def test_own_tasks_are_found_by_their_file(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
