@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -75,6 +76,13 @@ class Rungs(FIFOScheduler):
         with suppress(AttributeError):  # a Tune that has no such cache
             tune_controller._actor_cache.increase_max(trial.placement_group_factory, self._kept)
             self._kept = 0
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The first that has no worker yet. Tune would give a worker that became free the trial of one that is about to
+        start, and end that one: where trials take less time than workers to start, there would never be a second."""
+        taken = getattr(tune_controller, "_trial_to_actor", {})
+        waiting = (t for t in tune_controller.get_trials() if t.status == Trial.PENDING and t not in taken)
+        return next(waiting, None)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         event = json.loads(result["event"])
