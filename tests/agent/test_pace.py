@@ -27,7 +27,8 @@ def test_what_fits_follows_the_pace_and_no_trial_begins_that_would_end_late(monk
     now = 130.0
     assert pace.fits(2, [4.0, 5.0, 9.0]) == 12, "six of five seconds for each of the two workers"
     assert not pace.late([9.0, 10.0, 29.0])
-    assert pace.late([9.0, 31.0, 35.0])
+    assert pace.late([9.0, 10.0, 31.0])
+    assert not pace.late([9.0] * 9 + [31.0]), "one in ten may"
     now = 161.0
     assert pace.late([])
     assert pace.fits(2, [5.0]) == 0
