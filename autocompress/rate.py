@@ -1,4 +1,4 @@
-"""A differentiable estimate of the bits that the entropy coder will spend.
+"""An estimate of the bits that the entropy coder will spend, and its gradient.
 
 Zero-order entropy of the codes, scaled to what the context-modelling coder really needed for these
 weights (Oktay et al., ICLR 2020, learn such a density; here the histogram of the codes is the density).
@@ -8,7 +8,7 @@ interpolated between codes: a gap that pruning left is no wall, and every step t
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from scipy.optimize import isotonic_regression
@@ -21,14 +21,18 @@ from autocompress.techniques.base import IntegerCoding
 
 
 class RateModel:
-    """Bits of a candidate's weights; `refresh` fits it to the present weights."""
+    """Bits of a candidate's weights, as they were at the last `refresh`."""
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
+        self.bits: dict[str, Tensor] = {}
+        """Layer -> float32 scalar, of all its codes."""
         self.tables: dict[str, Tensor] = {}
         """Layer -> bits of each magnitude, sign included, as the codes are."""
-        self._falling: dict[str, tuple[Tensor, Tensor]] = {}
-        """The same of a histogram that falls with magnitude, and by how much they rise to the next."""
+        self.falling: dict[str, Tensor] = {}
+        """The same of a histogram that falls with magnitude."""
+        self._slopes: dict[str, Tensor] = {}
+        """Layer -> by how much these rise from each code to the next, from the most negative one on."""
         self.factors: dict[str, float] = {}
         self.fixed_bytes = 0.0
         self.refresh()
@@ -38,14 +42,20 @@ class RateModel:
         """Take the histograms of the codes as they are now."""
         for name, shadow in self.candidate.layers.items():
             if isinstance(shadow.coding, IntegerCoding):
-                magnitude = _magnitude(shadow)
-                top = 1 << shadow.coding.layout(shadow.choice)[1]
-                counts = torch.bincount(magnitude.round().long().flatten(), minlength=top + 1).float() + 0.1
+                largest = 1 << shadow.coding.layout(shadow.choice)[1]
+                codes = _in_steps(shadow).abs().clamp_max_(largest).round_().long().flatten()
+                found = torch.bincount(codes, minlength=largest + 1).float()
+                counts = found + 0.1
                 counts[1:] /= 2  # of each sign
                 self.tables[name] = _bits(counts)
+                self.bits[name] = (found * self.tables[name]).sum()
                 falling = isotonic_regression(counts.cpu().numpy(), increasing=False).x
-                table = _bits(torch.from_numpy(falling.copy()).to(counts))
-                self._falling[name] = table, torch.cat([table.diff(), table.new_zeros(1)])
+                table = self.falling[name] = _bits(torch.from_numpy(falling.copy()).to(counts))
+                rises = torch.cat([table.diff(), table.new_zeros(1)])
+                self._slopes[name] = torch.cat([-rises.flip(0), rises])
+            else:
+                kept = torch.ones_like(shadow.dense) if shadow.mask is None else shadow.mask
+                self.bits[name] = kept.sum() * shadow.coding.bits(shadow.choice)
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -56,48 +66,23 @@ class RateModel:
         for name, shadow in self.candidate.layers.items():
             spent = artifact.tensors[shadow.key].size_bytes
             self.fixed_bytes -= spent
-            self.factors[name] = 8 * spent / max(float(self._entropy(name)), 1.0)
+            self.factors[name] = 8 * spent / max(float(self.bits[name]), 1.0)
 
-    def bits(self) -> Tensor:
-        """float32 scalar: estimated bits of all layers, differentiable in the dense weights."""
-        return torch.stack([self._layer_bits(name) for name in self.candidate.layers]).sum()
+    def backpropagate(self, price: Tensor) -> None:
+        """Add the gradient of price x log2 of all bits to those of the dense weights. price: float32 scalar."""
+        of_bit = price / (math.log(2) * torch.stack([*self.bits.values()]).sum().clamp_min(1.0))
+        roots, gradients = [], []
+        for name, slopes in self._slopes.items():
+            scaled = _in_steps(self.candidate.layers[name])
+            codes = len(slopes)
+            below = (scaled.detach() + codes // 2).clamp_(0, codes - 1).int()
+            roots.append(scaled)
+            gradients.append((of_bit * slopes).index_select(0, below.flatten()).view_as(scaled))
+        torch.autograd.backward(roots, gradients)
 
-    @torch.no_grad()
     def bytes(self) -> float:
         """Estimated bytes of the file."""
-        layers = sum(float(self._entropy(name)) * self.factors.get(name, 1.0) for name in self.candidate.layers)
-        return self.fixed_bytes + layers / 8
-
-    def _entropy(self, name: str) -> Tensor:
-        """float32 scalar: bits of the codes as they are."""
-        shadow = self.candidate.layers[name]
-        if name not in self.tables:
-            kept = shadow.dense.new_tensor(shadow.dense.numel()) if shadow.mask is None else shadow.mask.count_nonzero()
-            return kept * shadow.coding.bits(shadow.choice)
-        return self.tables[name][_magnitude(shadow).round().long()].sum()
-
-    def _layer_bits(self, name: str) -> Tensor:
-        shadow = self.candidate.layers[name]
-        if name not in self.tables:
-            return self._entropy(name)
-        bits: Tensor = _Interpolated.apply(_in_steps(shadow), self._falling[name])  # type: ignore[no-untyped-call]
-        return bits
-
-
-class _Interpolated(torch.autograd.Function):
-    """float32 scalar: bits of all weights, which are given in steps. line: as in `RateModel._falling`."""
-
-    @staticmethod
-    def forward(ctx: Any, scaled: Tensor, line: tuple[Tensor, Tensor]) -> Tensor:
-        magnitude = scaled.abs()
-        at = magnitude.int().clamp_max_(len(line[0]) - 1)
-        bits, rise = (table.index_select(0, at.flatten()).view_as(at) for table in line)
-        ctx.save_for_backward(rise * scaled.sign())
-        return torch.addcmul(bits, magnitude - at, rise).sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * gradient, None
+        return self.fixed_bytes + sum(float(b) * self.factors.get(name, 1.0) for name, b in self.bits.items()) / 8
 
 
 def _bits(counts: Tensor) -> Tensor:
@@ -109,9 +94,3 @@ def _in_steps(shadow: ShadowedLayer) -> Tensor:
     """The weight in steps, float32, shape of the layer; differentiable in the dense weights."""
     assert isinstance(shadow.coding, IntegerCoding)
     return shadow.coding.scaled(shadow.masked(), shadow.choice, shadow.learned.detach())
-
-
-def _magnitude(shadow: ShadowedLayer) -> Tensor:
-    """|weight| in steps, at most the largest code; float32, shape of the layer."""
-    assert isinstance(shadow.coding, IntegerCoding)
-    return _in_steps(shadow).abs().clamp_max(1 << shadow.coding.layout(shadow.choice)[1])

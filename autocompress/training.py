@@ -63,6 +63,7 @@ def fine_tune(
     choices: dict[str, Choice] = {technique.name: choice for technique, choice in candidate.training}
     peak *= math.prod(technique.learning_rate_factor(choices[name]) for name, technique in trainings().items())
     penalty = math.fsum(technique.penalty(choices[name]) for name, technique in trainings().items())
+    price = torch.tensor(penalty, device=device)
     weights, others = candidate.trainable()
     groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
     fused = True if device.type in ("cpu", "cuda") else None  # a fifth of a small trial's time
@@ -110,7 +111,7 @@ def fine_tune(
                 torch.autograd.backward(scaler.scale(loss))
             candidate.backpropagate()
             if penalty and rate.tables:  # floats alone have nothing to be priced
-                torch.autograd.backward(scaler.scale(penalty * rate.bits().clamp_min(1.0).log2()))
+                rate.backpropagate(scaler.scale(price))
             scaler.step(optimizer)
             scaler.update()
             step += 1
