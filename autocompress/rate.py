@@ -54,8 +54,9 @@ class RateModel:
                 rises = torch.cat([table.diff(), table.new_zeros(1)])
                 self._slopes[name] = torch.cat([-rises.flip(0), rises])
             else:
-                kept = torch.ones_like(shadow.dense) if shadow.mask is None else shadow.mask
-                self.bits[name] = kept.sum() * shadow.coding.bits(shadow.choice)
+                whole = shadow.dense.new_tensor(float(shadow.dense.numel()))
+                kept = whole if shadow.mask is None else shadow.mask.sum()
+                self.bits[name] = kept * shadow.coding.bits(shadow.choice)
 
     @torch.no_grad()
     def calibrate(self) -> None:
