@@ -25,6 +25,7 @@ from autocompress.task import fastest_device
 from autocompress.tasks.digits import SPLIT, augment, digits, load_images
 
 Batches = Callable[[], list[tuple[Tensor, Tensor]]]
+ORIGINALS = Path(__file__).parent / "originals"
 VALIDATION = 5000
 _ADAMW = partial(torch.optim.AdamW, weight_decay=0.02)
 _SGD = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -153,9 +154,12 @@ def _pretrain(
 
 
 def _with_kept_original(task: Task) -> Task:
-    """The same task, whose original is trained once and kept in runs/: by one thread, since sums of several are others,
-    and so is then the original."""
-    pretrain, path = task.pretrain, Path("runs") / "bench-originals" / f"{task.name}.safetensors"
+    """The same task, whose original is the one in benchmarks/originals/, or else is trained once and kept in runs/: by one
+    thread, since sums of several are others. So they are on other processors, which therefore train another original."""
+    pretrain, file = task.pretrain, f"{task.name}.safetensors"
+    path = ORIGINALS / file
+    if not path.is_file():
+        path = Path("runs") / "bench-originals" / file
     assert pretrain is not None
 
     def load_or_train(model: nn.Module) -> None:
@@ -204,7 +208,7 @@ def lenet_300_100() -> Task:
 
 
 def lenet_300_100_short() -> Task:
-    """As `lenet_300_100`, for many searches: 6,000 images, 4 epochs a trial, the original kept in runs/."""
+    """As `lenet_300_100`, for many searches: 6,000 images, 4 epochs a trial, the original of benchmarks/originals/."""
     task = _task("lenet_300_100", mnist(), lenet_300_100_net, lambda x: x, 55_000, 10, 6_000, 4, VALIDATION)
     return _with_kept_original(task)
 
@@ -246,12 +250,12 @@ def wide_rows() -> Task:
 
 
 def digits_short() -> Task:
-    """The built-in `digits`, for many searches: 5 epochs a trial, the original kept in runs/."""
+    """The built-in `digits`, for many searches: 5 epochs a trial, the original of benchmarks/originals/."""
     return replace(_with_kept_original(digits()), epochs=5)
 
 
 def digit_rows_short() -> Task:
-    """As `digit_rows`, for many searches: 5 epochs a trial, the original kept in runs/."""
+    """As `digit_rows`, for many searches: 5 epochs a trial, the original of benchmarks/originals/."""
     return replace(_with_kept_original(digit_rows()), epochs=5)
 
 
