@@ -154,8 +154,8 @@ def _pretrain(
 
 
 def _with_kept_original(task: Task) -> Task:
-    """The same task, whose original is the one in benchmarks/originals/, or else is trained once and kept in runs/: by one
-    thread, since sums of several are others. So they are on other processors, which therefore train another original."""
+    """The same task, whose original is in benchmarks/originals/, or else is trained once and kept in runs/: by one
+    thread, since sums of several are others; so are those of another processor, which trains another original."""
     pretrain, file = task.pretrain, f"{task.name}.safetensors"
     path = ORIGINALS / file
     if not path.is_file():
