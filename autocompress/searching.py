@@ -55,7 +55,7 @@ def search(
     validation accuracy; both focus the search. address: of a Ray cluster to run trials on, "auto" or "host:port", whose
     nodes share the run folder; by default a private Ray on this machine. listener: is told after every step; by
     default a view on stderr, or nothing if `quiet`. The same seed with one worker and a budget in trials gives the same
-    front.
+    front on the same kind of processor.
 
     Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
     """
