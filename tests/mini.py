@@ -18,6 +18,11 @@ def task() -> Task:
     return small_digits(epochs=2)
 
 
+def brief_task() -> Task:
+    """Of one epoch, so that no trial is stopped halfway, whatever the order of two workers."""
+    return small_digits(epochs=1)
+
+
 def task_from_a_file() -> Task:
     """Its weights lie in the current folder, and are named from there."""
     given = task()

@@ -43,7 +43,7 @@ def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(controller, "WORTH_WORKERS", 0)
     seen: list[ac.Progress] = []
-    front = ac.search(mini.task(), 8, run=tmp_path / "run", workers=2, listener=seen.append)
+    front = ac.search(mini.brief_task(), 8, run=tmp_path / "run", workers=2, listener=seen.append)
     folder = tmp_path / "run"
     written = json.loads((folder / "front.json").read_text())
     assert written == front.to_json()
@@ -56,7 +56,7 @@ def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for point in front:
         assert point.path == folder / point.artifact
         assert point.size_bytes == point.path.stat().st_size
-        measured = ac.evaluate(point.path, mini.task())
+        measured = ac.evaluate(point.path, mini.brief_task())
         assert (measured.size_bytes, measured.val_accuracy, measured.test_accuracy) == (
             point.size_bytes,
             point.val_accuracy,
@@ -79,7 +79,7 @@ def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert (seen[-1].phase, seen[-1].done, seen[-1].failed) == ("done", 8, 0)
 
-    more = ac.resume(folder, task=mini.task(), budget=10, workers=1)
+    more = ac.resume(folder, task=mini.brief_task(), budget=10, workers=1)
     assert len(list((folder / "trials").iterdir())) == 10
     assert more.best().val_accuracy >= front.best().val_accuracy
 
