@@ -29,10 +29,9 @@ class RateModel:
         """Layer -> float32 scalar, of all its codes."""
         self.tables: dict[str, Tensor] = {}
         """Layer -> bits of each magnitude, sign included, as the codes are."""
-        self.falling: dict[str, Tensor] = {}
-        """The same of a histogram that falls with magnitude."""
         self._slopes: dict[str, Tensor] = {}
-        """Layer -> by how much these rise from each code to the next, from the most negative one on."""
+        """Layer -> by how much those of a histogram that falls with magnitude rise from each code to the next, from the
+        most negative one on."""
         self.factors: dict[str, float] = {}
         self.fixed_bytes = 0.0
         self.refresh()
@@ -50,7 +49,7 @@ class RateModel:
                 self.tables[name] = _bits(counts)
                 self.bits[name] = (found * self.tables[name]).sum()
                 falling = isotonic_regression(counts.cpu().numpy(), increasing=False).x
-                table = self.falling[name] = _bits(torch.from_numpy(falling.copy()).to(counts))
+                table = _bits(torch.from_numpy(falling.copy()).to(counts))
                 rises = torch.cat([table.diff(), table.new_zeros(1)])
                 self._slopes[name] = torch.cat([-rises.flip(0), rises])
             else:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -132,7 +133,8 @@ def test_the_gradient_of_the_price_is_the_slope_of_its_logarithm(choice: str) ->
     with torch.no_grad():
         step = float(2 ** (shadow.learned * 32).round().div(32))
         places = (shadow.dense / step).numpy().astype(np.float64)
-        table = rate.falling["1"].numpy().astype(np.float64)
+        found = isotonic_regression(2.0 ** -rate.tables["1"].double().numpy(), increasing=False).x
+        table = -np.log2(found / (2 * found.sum() - found[0]))
         inside = (places > 1 - len(table)) & (places < len(table) - 2)  # beyond it nothing is passed on
         every = sum(float(b) for b in rate.bits.values())
 
