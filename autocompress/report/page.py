@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 
 from autocompress.agent.run_folder import CONFIG
 from autocompress.artifact import read_artifact
+from autocompress.durations import duration
 from autocompress.errors import RunError
 from autocompress.files import write_file
 from autocompress.front import ParetoFront, format_accuracy
@@ -56,7 +57,7 @@ def write_page(front: ParetoFront, path: Path) -> Path:
         tell=_tell,
         overfitting=overfitting_sentence(front),
         trials=trials,
-        hours=sum(trial.seconds for trial in trials) / 3600,
+        worked=duration(sum(trial.seconds for trial in trials)),
         pictures=[_svg(lambda at: plot_front(front, at)), _svg(lambda at: plot_trials(front, trials, at))],
         config=config.read_text() if config.is_file() else "",
     )

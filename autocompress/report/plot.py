@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 1 / 3
 """Of the original's skill, what the picture of a front shows; what lies lower is counted, not drawn."""
+_CROWDED = 5000
+"""Largest over smallest size from which two more labels a power of ten run into each other."""
 _BLUE, _GREY, _ORANGE = "#1f5fa8", "#8a8f98", "#d9661f"
 
 
@@ -163,7 +165,7 @@ def plot_trials(front: ParetoFront, trials: Sequence[Trial], path: Path) -> Path
     """Every trial of a run, coloured by its number and joined to the parent that it was trained on from. Returns
     `path`."""
     known, unit = {trial.number: trial for trial in trials}, _unit(front.base)
-    with _picture(path, 7.2, 4.3) as axes:
+    with _picture(path, 8.2, 4.3) as axes:
         for trial in trials:
             parent = front.base if trial.parent is None else known.get(trial.parent)
             if parent:
@@ -192,7 +194,8 @@ def _scales(axes: Axes, front: ParetoFront) -> None:
 
     axes.axhline(_unit(front.base) * front.base.val_accuracy, color=_GREY, lw=0.8, ls=":")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    left, right = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if right < _CROWDED * left else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: format_size(v)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("size of the file on disk")

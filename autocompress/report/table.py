@@ -44,5 +44,6 @@ def overfitting_sentence(front: ParetoFront) -> str:
     gap = front.overfitting()
     if math.isnan(gap):
         return ""
-    judged = f"{format_accuracy(abs(gap))} {'worse' if gap > 0 else 'better'}"
+    size = f"{100 * abs(gap):.2f} points" if front.base.in_shares else format_accuracy(abs(gap))
+    judged = f"{size} {'worse' if gap > 0 else 'better'}"
     return f"against the original, files are {judged} on test than on validation (mean of the front)"

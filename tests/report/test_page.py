@@ -64,6 +64,16 @@ def test_a_long_front_shows_the_bytes_of_some_of_its_files(front: ac.ParetoFront
     assert page.count("model.acz</a>") == 40
 
 
+def test_how_honest_selection_was_is_told_in_the_unit_of_the_metric(front: ac.ParetoFront, tmp_path: Path) -> None:
+    points = tuple(replace(point, test_accuracy=point.val_accuracy) for point in front)
+    base = replace(front.base, test_accuracy=front.base.val_accuracy + 0.0125)
+    told = replace(front, points=points, base=base).report(tmp_path / "page.html").read_text()
+    assert "files are 1.25 points worse on test than on validation" in told
+    base = replace(base, val_accuracy=-5.0, test_accuracy=-5.5)
+    told = replace(front, points=points, base=base).report(tmp_path / "page.html").read_text()
+    assert "files are 0.5000 better on test" in told
+
+
 def test_names_are_text(front: ac.ParetoFront, tmp_path: Path) -> None:
     named = replace(front, task="<script>alert(1)</script>")
     page = named.report(tmp_path / "page.html").read_text()
