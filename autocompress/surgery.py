@@ -125,10 +125,7 @@ def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             setattr(module, name, new)
             resized[module] = None
     for module in resized:
-        shape = next(
-            (tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False)) if t.ndim),
-            (),
-        )
+        shape = max((tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False))), key=len)
         for kind, resize in _RESIZE:
             if isinstance(module, kind):
                 resize(module, shape)

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from autocompress.errors import AutocompressError, TaskError, in_words, near_misses
 from autocompress.metric import Metric, SplitMetric, score
 from autocompress.nested import leaves, map_leaves
+from autocompress.reparametrization import copied, plain
 
 Batch = Any
 """`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`)."""
@@ -59,11 +61,14 @@ class Task:
     name: str = "custom"
 
     def build(self) -> nn.Module:
-        """A module of its own: built, or copied from the one that was given, in evaluation mode."""
-        if isinstance(self.model, nn.Module):
-            return copy.deepcopy(self.model).eval()
+        """A module of its own: built, or copied from the one that was given, in evaluation mode, its weights plain ones
+        (docs/tasks.md)."""
+        return plain(self.as_given())
+
+    def as_given(self) -> nn.Module:
+        """A module of its own, as `pretrain` trains it. Raises TaskError for what cannot be compressed."""
         try:
-            model = self.model()
+            model = copied(self.model) if isinstance(self.model, nn.Module) else self.model()
         except AutocompressError:
             raise
         except Exception as error:
@@ -71,6 +76,17 @@ class Task:
         if not isinstance(model, nn.Module):
             raise TaskError(
                 f"task {self.name!r}: the model function must return an nn.Module, got {type(model).__name__}"
+            )
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TaskError(
+                f"task {self.name!r}: the model is a ScriptModule, whose layers cannot be taken apart: give the "
+                "nn.Module that it was made from"
+            )
+        unborn = [name for name, value in model.named_parameters() if is_lazy(value)]
+        if unborn:
+            raise TaskError(
+                f"task {self.name!r}: parameter {unborn[0]!r} has no shape yet: run the model on a batch before you "
+                "give it"
             )
         return model.eval()
 
@@ -211,7 +227,13 @@ def fastest_device() -> str:
 
 
 def check_task(task: Task, model: nn.Module) -> None:
-    """One loss and one metric on one batch of each split, and one loss in training, or a TaskError."""
+    """One loss and one metric on one batch of each split, and one loss in training, or a TaskError; and one for a model
+    that has nothing to compress."""
+    if not any(value.is_floating_point() for value in model.parameters()):
+        raise TaskError(
+            f"task {task.name!r}: the model has no parameters of floats, so nothing to compress: give it as it was "
+            "trained, not quantised"
+        )
     trained = copy.deepcopy(model).train(task.epochs > 0)
     for split, how, tried in [(s, "", model) for s in ("train", "val", "test")] + [("train", " in training", trained)]:
         try:

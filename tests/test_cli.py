@@ -176,7 +176,7 @@ def test_a_search_that_is_stopped_before_it_began_leaves_nothing(in_tmp: Path, m
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Task, "build", stop)
+    monkeypatch.setattr(Task, "as_given", stop)
     done = cli(in_tmp, "search", "--task", "tests.mini:task", "--quiet")
     assert (done.returncode, done.stderr) == (130, "stopped\n")
     assert not [*(in_tmp / "runs").iterdir()]

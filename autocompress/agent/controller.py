@@ -36,6 +36,7 @@ from autocompress.errors import TargetError
 from autocompress.files import write_file
 from autocompress.front import Base, ParetoFront, format_accuracy
 from autocompress.probing import MANY_PROBES, needed_choices
+from autocompress.reparametrization import plain
 from autocompress.sizes import format_size
 from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors
@@ -74,11 +75,11 @@ Listener = Callable[[Progress], object]
 def trained(task: Task, seed: int, tell: Callable[[str], None] = lambda phase: None) -> nn.Module:
     """The original: the task's model, trained now when the task can."""
     seed_everything(seed)
-    model = task.build()
+    model = task.as_given()
     if task.pretrain is not None:
         tell("training the original model")
         task.pretrain(model)
-    return model.eval()
+    return plain(model)
 
 
 class Controller:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import cloudpickle
 from torch import nn
 from torch.utils.data import DataLoader
 
-from autocompress.errors import TaskError
+from autocompress.errors import TaskError, in_words
+from autocompress.reparametrization import copied
 from autocompress.space import BoundSpace
 from autocompress.task import Task, fastest_device, load_task
 from autocompress.trial import Workshop
@@ -37,10 +38,17 @@ class _Plan:
 def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, folder: Path, seed: int) -> bytes:
     """cloudpickle of a function that makes the Workshop. named: workers find the task by its name.
 
-    Raises TaskError when the task cannot be pickled.
+    Raises TaskError when the model or the task cannot be pickled.
     """
-    model = _pickled(copy.deepcopy(original).cpu())
-    plan = _Plan(task.name if named else task, model, space, str(folder.resolve()), seed)
+    try:
+        model = _pickled(copied(original).cpu())
+    except Exception as error:
+        raise TaskError(
+            f"the model of task {task.name!r} cannot be sent to workers ({in_words(error)}): pickle must be able to "
+            "write it"
+        ) from error
+    sent = replace(task, model=task.build()) if isinstance(task.model, nn.Module) else task
+    plan = _Plan(task.name if named else sent, model, space, str(folder.resolve()), seed)
     try:
         return _pickled(plan)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from autocompress.artifact.container import (
 )
 from autocompress.errors import ArtifactError
 from autocompress.recipe import MODEL, Recipe
+from autocompress.reparametrization import copied, plain
 from autocompress.surgery import assign, tensors
 from autocompress.techniques.base import coding_of, structures
 
@@ -127,7 +127,7 @@ def unpack(artifact: Artifact | bytes, model: nn.Module | Callable[[], nn.Module
     """
     if isinstance(artifact, bytes):
         artifact = decode_artifact(artifact)
-    fresh = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    fresh = plain(copied(model) if isinstance(model, nn.Module) else model())
     for name, structure in structures().items():
         try:
             fresh = structure.restore(fresh, artifact.recipe.dimension(name))

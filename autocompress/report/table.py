@@ -45,5 +45,7 @@ def overfitting_sentence(front: ParetoFront) -> str:
     if math.isnan(gap):
         return ""
     size = f"{100 * abs(gap):.2f} points" if front.base.in_shares else format_accuracy(abs(gap))
-    judged = f"{size} {'worse' if gap > 0 else 'better'}"
-    return f"against the original, files are {judged} on test than on validation (mean of the front)"
+    judged = f"{size} {'worse' if gap > 0 else 'better'} on test than"
+    if not float(size.split()[0]):
+        judged = "as good on test as"
+    return f"against the original, files are {judged} on validation (mean of the front)"

@@ -69,6 +69,9 @@ def test_how_honest_selection_was_is_told_in_the_unit_of_the_metric(front: ac.Pa
     base = replace(front.base, test_accuracy=front.base.val_accuracy + 0.0125)
     told = replace(front, points=points, base=base).report(tmp_path / "page.html").read_text()
     assert "files are 1.25 points worse on test than on validation" in told
+    base = replace(base, test_accuracy=base.val_accuracy)
+    told = replace(front, points=points, base=base).report(tmp_path / "page.html").read_text()
+    assert "files are as good on test as on validation" in told
     base = replace(base, val_accuracy=-5.0, test_accuracy=-5.5)
     told = replace(front, points=points, base=base).report(tmp_path / "page.html").read_text()
     assert "files are 0.5000 better on test" in told

@@ -1,0 +1,54 @@
+"""Weights that are computed from others, made plain ones.
+
+What runs is what is compressed: torch's parametrizations (weight_norm, spectral_norm, orthogonal or one's own), the
+older hooks of `weight_norm` and `spectral_norm`, and the masks of `torch.nn.utils.prune` give way to the weights that
+they make.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from autocompress.nested import leaves
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """`model`, changed in place, whose tensors are all as they are used in evaluation."""
+    model.eval()
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            _settle(module)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
+            elif isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+    return model
+
+
+def _settle(module: nn.Module) -> None:
+    """As `remove_parametrizations`, which would change the class of the module, and so its copies, too."""
+    makers = module.parametrizations
+    assert isinstance(makers, nn.ModuleDict)
+    made = {name: getattr(module, name).detach().clone() for name in makers}
+    learned = {name: [p.requires_grad for p in makers[name].parameters()] for name in made}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in made.items():
+        if learned[name]:
+            module.register_parameter(name, nn.Parameter(value, any(learned[name])))
+        else:
+            module.register_buffer(name, value)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps tensors of its last forward pass, which are copied without their past."""
+    kept = [t for module in model.modules() for t in leaves(vars(module)) if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in kept})

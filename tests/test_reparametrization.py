@@ -1,0 +1,130 @@
+"""Models whose weights are computed from others: the same function, plain weights, files that can be loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+
+import autocompress as ac
+from autocompress.agent.payload import payload
+from autocompress.errors import TaskError
+from autocompress.reparametrization import copied, plain
+from autocompress.space import BoundSpace
+from autocompress.surgery import tensors
+from autocompress.task import check_task
+
+X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(prune.l1_unstructured(layer, "weight", 0.3), "bias", 2)
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() + x.triu(1).T
+
+
+def symmetric(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Symmetric())
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "symmetric": symmetric,
+    "weight_norm hook": weight_norm,
+    "spectral_norm hook": spectral_norm,
+    "prune": pruned,
+}
+
+
+@pytest.fixture(params=WAYS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """In which every way of computing weights was used and left its traces."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), WAYS[request.param](nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 3))
+    for _ in range(30):  # spectral_norm comes to rest
+        torch.autograd.backward(made(X).sum())
+    return made.eval()
+
+
+def task_of(model: nn.Module) -> ac.Task:
+    batches = [(X[i : i + 8], X[i : i + 8, :3].argmax(1)) for i in (0, 8, 16)]
+    return ac.Task(model, train=batches, val=batches, test=batches, epochs=1)
+
+
+def test_the_function_stays_and_the_weights_are_plain(model: nn.Module) -> None:
+    before = model(X)
+    made = plain(copied(model))
+    assert torch.allclose(made(X), before, atol=1e-6)
+    assert {*tensors(made)} == {f"{layer}.{name}" for layer in (0, 2, 4) for name in ("weight", "bias")}
+    assert all(isinstance(value, nn.Parameter) for value in (made[2].weight, made[2].bias))
+
+
+def test_a_copy_leaves_the_model_as_it_is(model: nn.Module) -> None:
+    names = list(model.state_dict())
+    task_of(model).build()
+    assert list(model.state_dict()) == names
+    torch.autograd.backward(model(X).sum())
+
+
+def test_it_is_compressed_and_its_file_fits_the_model_as_it_was_given(model: nn.Module, tmp_path: Path) -> None:
+    task = task_of(model)
+    workshop = ac.Workshop.on(task, ac.SearchSpace.named("default"), tmp_path)
+    heaviest = workshop.space.recipe({d.key: d.choices[-1] for d in workshop.space if d.name != "precision"})
+    result = workshop.finish(0, heaviest)
+    loaded = ac.load(tmp_path / "trials" / "0" / "model.acz", model)
+    assert (loaded(X).argmax(1) == X[:, :3].argmax(1)).double().mean() == pytest.approx(result.val_accuracy)
+    assert payload(task, False, workshop.original, workshop.space, tmp_path, 0)
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed last, for whoever wants to look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        self.last, self.seen = y, [y]
+        return y
+
+
+def test_what_a_forward_pass_left_on_a_model_is_copied_with_it() -> None:
+    model = Remembering()
+    model(X)
+    made = task_of(model).build()
+    assert isinstance(made, Remembering)
+    assert torch.equal(made.last, model.last)
+    assert made.last.is_leaf
+    assert made.last is made.seen[0]
+
+
+@pytest.mark.parametrize(
+    ("unfit", "message"),
+    [
+        (nn.Sequential(nn.LazyLinear(3)), r"'0.weight' has no shape yet: run the model on a batch"),
+        (torch.jit.script(nn.Linear(6, 3)), "is a ScriptModule, .*: give the nn.Module"),
+        (nn.Softmax(1), "has no parameters of floats, so nothing to compress"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused(unfit: nn.Module, message: str) -> None:
+    task = task_of(unfit)
+    with pytest.raises(TaskError, match=message):
+        check_task(task, task.build())
+
+
+def test_a_model_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(6, 3)
+    model.log = (tmp_path / "log").open("w")  # type: ignore[assignment]
+    with pytest.raises(TaskError, match=r"the model of task 'custom' cannot be sent to workers \(TypeError: "):
+        payload(task_of(nn.Linear(6, 3)), True, model, BoundSpace(()), tmp_path, 0)
