@@ -67,6 +67,11 @@ class Task:
 
     def as_given(self) -> nn.Module:
         """A module of its own, as `pretrain` trains it. Raises TaskError for what cannot be compressed."""
+        if not callable(self.model):  # which modules are, too
+            raise TaskError(
+                f"task {self.name!r}: the model must be an nn.Module or a function that builds one, got "
+                f"{type(self.model).__name__}"
+            )
         try:
             model = copied(self.model) if isinstance(self.model, nn.Module) else self.model()
         except AutocompressError:
@@ -91,8 +96,13 @@ class Task:
         return model.eval()
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """The batches of "train", "val" or "test"; raises TaskError when there are none."""
+        """The batches of "train", "val" or "test"; raises TaskError when there are none, or only once."""
         source = getattr(self, split)
+        if isinstance(source, Iterator):
+            raise TaskError(
+                f"task {self.name!r}: the {split} batches are an iterator, which can be read only once; pass a list, a "
+                "DataLoader or a function that returns a fresh iterable"
+            )
         count = 0
         for batch in source() if callable(source) else source:
             count += 1
@@ -229,16 +239,14 @@ def fastest_device() -> str:
 def check_task(task: Task, model: nn.Module) -> None:
     """One loss and one metric on one batch of each split, and one loss in training, or a TaskError; and one for a model
     that has nothing to compress."""
-    if not any(value.is_floating_point() for value in model.parameters()):
-        raise TaskError(
-            f"task {task.name!r}: the model has no parameters of floats, so nothing to compress: give it as it was "
-            "trained, not quantised"
-        )
+    _check_settings(task, model)
     trained = copy.deepcopy(model).train(task.epochs > 0)
+    for value in trained.parameters():
+        value.requires_grad_(value.is_floating_point())
     for split, how, tried in [(s, "", model) for s in ("train", "val", "test")] + [("train", " in training", trained)]:
         try:
             batch = to_device(next(task.batches(split)), device_of(model))
-            with torch.no_grad():
+            with torch.set_grad_enabled(tried is trained):
                 output, target = task.run(tried, batch)
                 loss = task.loss(output, target)
                 if tried is model and not isinstance(task.metric, SplitMetric):  # which may need more than one batch
@@ -249,11 +257,35 @@ def check_task(task: Task, model: nn.Module) -> None:
             raise TaskError(
                 f"task {task.name!r}: a batch of the {split} split does not run{how}: {in_words(error)}"
             ) from error
-        if not bool(torch.isfinite(loss).all()):
-            raise TaskError(
-                f"task {task.name!r}: the loss on the {split} split{how} is {float(loss):g}; it must be finite: "
-                "check the inputs and the model's weights"
-            )
+        _check_loss(task, loss, f"on the {split} split{how}")
+    if task.epochs and not loss.requires_grad:
+        raise TaskError(
+            f"task {task.name!r}: the loss has no gradient: the model's forward, or the loss, must run without "
+            "torch.no_grad, detach or conversions"
+        )
+
+
+def _check_settings(task: Task, model: nn.Module) -> None:
+    if not any(value.is_floating_point() for value in model.parameters()):
+        raise TaskError(
+            f"task {task.name!r}: the model has no parameters of floats, so nothing to compress: give it as it was "
+            "trained, not quantised"
+        )
+    if not (isinstance(task.epochs, int) and task.epochs >= 0):
+        raise TaskError(f"task {task.name!r}: epochs must be a whole number, 0 or more, not {task.epochs!r}")
+    if not (isinstance(task.learning_rate, (int, float)) and 0 < task.learning_rate < math.inf):
+        raise TaskError(f"task {task.name!r}: learning_rate must be a number above 0, not {task.learning_rate!r}")
+
+
+def _check_loss(task: Task, loss: Any, where: str) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(f"task {task.name!r}: the loss must be a tensor of one number, got {given}")
+    if not bool(torch.isfinite(loss)):
+        raise TaskError(
+            f"task {task.name!r}: the loss {where} is {float(loss):g}; it must be finite: check the inputs and the "
+            "model's weights"
+        )
 
 
 def load_task(name: str) -> Task:

@@ -26,7 +26,9 @@ def scored(metric: Metric, samples: int = 60, batch: int = 7) -> tuple[float, Te
     labels = (scores[:, 1] + torch.randn(samples, generator=generator) > 1).long()
     labels[:batch] = 0
     batches = [*zip(scores.split(batch), labels.split(batch), strict=True)]
-    task = Task(nn.Identity(), batches, batches, batches, metric=metric)
+    identity = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(identity.weight)
+    task = Task(identity, batches, batches, batches, metric=metric)
     check_task(task, task.build())
     return measure(task, task.build(), "val"), scores, labels
 

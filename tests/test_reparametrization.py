@@ -45,6 +45,9 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+
+
 @pytest.fixture(params=WAYS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """In which every way of computing weights was used and left its traces."""
@@ -109,18 +112,16 @@ def test_what_a_forward_pass_left_on_a_model_is_copied_with_it() -> None:
     assert made.last is made.seen[0]
 
 
-@pytest.mark.parametrize(
-    ("unfit", "message"),
-    [
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_what_cannot_be_compressed_is_refused() -> None:
+    for unfit, message in (
         (nn.Sequential(nn.LazyLinear(3)), r"'0.weight' has no shape yet: run the model on a batch"),
-        (torch.jit.script(nn.Linear(6, 3)), "is a ScriptModule, .*: give the nn.Module"),
-        (nn.Softmax(1), "has no parameters of floats, so nothing to compress"),
-    ],
-)
-def test_what_cannot_be_compressed_is_refused(unfit: nn.Module, message: str) -> None:
-    task = task_of(unfit)
-    with pytest.raises(TaskError, match=message):
-        check_task(task, task.build())
+        (torch.jit.script(nn.Linear(6, 3)), r"is a ScriptModule, .*: give the nn.Module"),
+        (nn.Softmax(1), r"has no parameters of floats, so nothing to compress"),
+    ):
+        task = task_of(unfit)
+        with pytest.raises(TaskError, match=message):
+            check_task(task, task.build())
 
 
 def test_a_model_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
