@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Task:
     epochs: int = 5
     learning_rate: float = 2e-3
     name: str = "custom"
+    _counted: tuple[object, int] | None = field(default=None, init=False, repr=False, compare=False)
+    """What trains, and its batches, where only reading it tells how many there are."""
 
     def build(self) -> nn.Module:
         """A module of its own: built, or copied from the one that was given, in evaluation mode, its weights plain ones
@@ -149,11 +151,14 @@ def batch_size(batch: Batch) -> int:
 
 
 def batch_count(task: Task) -> int:
-    """Batches of the train split, at least 1."""
+    """Batches of the train split, at least 1; read through once where it has no length."""
+    source = task.train() if callable(task.train) else task.train
     try:
-        return max(1, len(task.train))  # type: ignore[arg-type]
+        return max(1, len(source))  # type: ignore[arg-type]
     except TypeError:
-        return max(1, sum(1 for _ in task.batches("train")))
+        if task._counted is None or task._counted[0] is not task.train:
+            task._counted = task.train, sum(1 for _ in source)
+        return max(1, task._counted[1])
 
 
 def is_batched(leaf: Any, size: int) -> bool:

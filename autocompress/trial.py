@@ -139,6 +139,7 @@ class Workshop:
         self.original = original.to(self.device).eval()
         calibration = calibration_batches(task, self.device)
         self.task = _in_units(task, loss_unit(calibration, self.original))
+        batch_count(self.task)  # now, not in the midst of a trial, whose random numbers it may draw
         self.calibration = replace(calibration, task=self.task)
         put_channels_last(self.original, self.calibration)  # so of every candidate, which are copies of it
         self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))

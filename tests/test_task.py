@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import UserDict, namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from autocompress.errors import TaskError
 from autocompress.task import (
     Calibration,
     Task,
+    batch_count,
     batch_size,
     check_task,
     first_samples,
@@ -77,6 +78,24 @@ def test_a_loss_that_does_not_take_what_comes_out_in_training_is_told_at_once() 
         check_task(task, model)
     assert not model.training
     check_task(linear_task(model=TwoHeads(), epochs=0), model)
+
+
+def test_batches_without_a_length_are_counted_once() -> None:
+    class Stream:
+        read = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            for _ in range(3):
+                self.read += 1
+                yield BATCH
+
+    stream = Stream()
+    task = linear_task(train=stream)
+    assert [batch_count(task), batch_count(task), stream.read] == [3, 3, 3]
+    task.train = lambda: iter(stream)
+    assert [batch_count(task), batch_count(task), stream.read] == [3, 3, 6]
+    task.train = lambda: [BATCH, BATCH]
+    assert batch_count(task) == 2
 
 
 def test_any_other_batch_through_forward() -> None:
