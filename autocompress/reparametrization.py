@@ -1,8 +1,8 @@
-"""Weights that are computed from others, made plain ones.
+"""Weights that are computed from others, or kept in another order, made plain ones.
 
 What runs is what is compressed: torch's parametrizations (weight_norm, spectral_norm, orthogonal or one's own), the
 older hooks of `weight_norm` and `spectral_norm`, and the masks of `torch.nn.utils.prune` give way to the weights that
-they make.
+they make; `Conv1D` of transformers (GPT-2), a linear layer whose matrix is transposed, becomes an `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def plain(model: nn.Module) -> nn.Module:
                 remove_weight_norm(module, hook.name)
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(module, hook.name)
+    conv1d = {m: _linear(m) for m in model.modules() if type(m).__name__ == "Conv1D" and hasattr(m, "nf")}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in conv1d:
+                setattr(parent, name, conv1d[child])
     return model
 
 
@@ -46,6 +51,17 @@ def _settle(module: nn.Module) -> None:
             module.register_parameter(name, nn.Parameter(value, any(learned[name])))
         else:
             module.register_buffer(name, value)
+
+
+def _linear(conv1d: nn.Module) -> nn.Linear:
+    """The layer that does the same."""
+    weight, bias = conv1d.weight, conv1d.bias
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(bias, nn.Parameter)
+    inputs, outputs = weight.shape
+    made = nn.Linear(inputs, outputs, device="meta")
+    made.weight, made.bias = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad), bias
+    return made.train(conv1d.training)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -88,6 +88,29 @@ def test_it_is_compressed_and_its_file_fits_the_model_as_it_was_given(model: nn.
     assert payload(task, False, workshop.original, workshop.space, tmp_path, 0)
 
 
+class Conv1D(nn.Module):
+    """As transformers has it, for GPT-2."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_a_transposed_linear_layer_loses_channels(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(Conv1D(24, 6), nn.GELU(), Conv1D(6, 24)), nn.Linear(6, 3))
+    task = task_of(model)
+    assert torch.allclose(task.build()(X), model(X), atol=1e-5)
+    workshop = ac.Workshop.on(task, ac.SearchSpace.named("default"), tmp_path)
+    workshop.finish(0, workshop.space.recipe({"1.0:channels": 0.55}))
+    loaded = ac.load(tmp_path / "trials" / "0" / "model.acz", model)
+    assert [tuple(tensors(loaded)[f"1.{i}.weight"].shape) for i in (0, 2)] == [(13, 6), (6, 13)]
+    assert isinstance(model[1][0], Conv1D)
+
+
 class Remembering(nn.Module):
     """Keeps what it computed last, for whoever wants to look at it."""
 
