@@ -53,7 +53,7 @@ def fine_tune(
     peak rate, the task's own by default. rate: the rate model of the candidate, which is calibrated near
     the end.
 
-    Raises TaskError when the loss stops being finite.
+    Raises TaskError when the loss stops being finite, or has no gradient.
     """
     if epochs < 1:
         return
@@ -107,6 +107,11 @@ def fine_tune(
                 loss = _loss(task, model, teacher, batch, choices, terms)
                 if not math.isfinite(float(loss.detach())):
                     raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
+                if not loss.requires_grad:
+                    raise TaskError(
+                        "the loss has no gradient: the model's forward, and the loss, must do without torch.no_grad and "
+                        "detach"
+                    )
                 optimizer.zero_grad()
                 torch.autograd.backward(scaler.scale(loss))
             candidate.backpropagate()

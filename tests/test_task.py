@@ -60,17 +60,6 @@ class TwoHeads(nn.Module):
         return (self.first(x), self.second(x)) if self.training else self.first(x)
 
 
-class Gradientless(nn.Linear):
-    """Was written to be used, not to be trained."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 2)
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
-
-
 def test_a_loss_that_does_not_take_what_comes_out_in_training_is_told_at_once() -> None:
     task = linear_task(model=TwoHeads())
     model = task.build()
@@ -194,7 +183,6 @@ def test_a_function_gives_fresh_batches_each_time() -> None:
         ({"model": lambda: "no model"}, "must return an nn.Module, got str"),
         ({"model": lambda: 1 / 0}, "building the model failed"),
         ({"model": nn.Linear(3, 2).state_dict()}, "a function that builds one, got OrderedDict"),
-        ({"model": Gradientless()}, "the loss has no gradient: the model's forward, or the loss, must run without"),
         (
             {"test": zip([BATCH[0]], [BATCH[1]], strict=True)},
             "the test batches are an iterator",

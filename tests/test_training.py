@@ -54,6 +54,14 @@ def test_the_masks_and_codes_hold_after_fine_tuning() -> None:
     assert len(first.unique()) <= 16
 
 
+def test_a_model_that_was_not_written_to_be_trained_is_refused() -> None:
+    task = zoo_task("mlp", epochs=1)
+    candidate = candidate_of(task, {"1:weights": "int4"})
+    candidate.model.forward = torch.no_grad()(candidate.model.forward)
+    with pytest.raises(TaskError, match=r"the loss has no gradient: .* must do without torch\.no_grad"):
+        next(fine_tune(task, candidate, task.build(), 1))
+
+
 class Words(nn.Module):
     """Its table has sparse gradients, and its body is run again for its gradients."""
 
