@@ -109,7 +109,7 @@ def fine_tune(
                     raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
                 if not loss.requires_grad:
                     raise TaskError(
-                        "the loss has no gradient: the model's forward, and the loss, must do without torch.no_grad and "
+                        "the loss has no gradient: the model's forward and the loss must do without torch.no_grad and "
                         "detach"
                     )
                 optimizer.zero_grad()
