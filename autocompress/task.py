@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def _check_settings(task: Task, model: nn.Module) -> None:
         )
     if not (isinstance(task.epochs, int) and task.epochs >= 0):
         raise TaskError(f"task {task.name!r}: epochs must be a whole number, 0 or more, not {task.epochs!r}")
-    if not (isinstance(task.learning_rate, (int, float)) and 0 < task.learning_rate < math.inf):
+    if not (isinstance(task.learning_rate, Real) and 0 < task.learning_rate < math.inf):
         raise TaskError(f"task {task.name!r}: learning_rate must be a number above 0, not {task.learning_rate!r}")
 
 
