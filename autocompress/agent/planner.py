@@ -4,7 +4,8 @@ A multiple-choice knapsack: each layer picks one combination of its choices, eac
 so on. For a price per byte all layers at once pick what has least effect + price x bytes (Lagrangian bit
 allocation, Shoham and Gersho, 1988); groups, which share layers, follow one after the other (coordinate descent).
 The price is found by bisection on the predicted bytes. What is left below the target is filled with the
-single changes that gain most effect a byte: between two prices lie recipes that no price picks.
+single changes that gain most effect a byte, as far as they are worth it: between two prices lie recipes that no price
+picks.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ Allowed = Mapping[str, tuple[Choice, ...]]
 _SWEEPS, _HALVINGS, _HIGHEST = 3, 20, 1e6
 _CLOSE = 0.002
 """Share of the target that is left to be filled."""
+_WORTH_IT = 0.05
+"""Of the price, what a change must gain a byte: or a file is filled up with bits that do no good."""
 
 
 def plan(
     profile: Profile, effects: Floats, target_bytes: float, start: Mapping[str, Choice], allowed: Allowed
 ) -> dict[str, Choice]:
-    """The recipe of least total effect whose predicted bytes are at most `target_bytes`.
+    """The recipe of least total effect whose predicted bytes are at most `target_bytes`, less what would do no good.
 
     effects: float64 [dimensions, choices]. start: the point to leave from; what is not in `allowed` stays as there.
     When even the heaviest allowed choices are larger than the target, these are returned.
@@ -45,7 +48,7 @@ def plan(
             high, best = middle, knapsack.copy()
             if left <= _CLOSE * target_bytes:
                 break
-    best.fill(target_bytes)
+    best.fill(target_bytes, _WORTH_IT * high)
     return best.chosen()
 
 
@@ -122,8 +125,8 @@ class _Knapsack:
         self.scale[rows] *= factors
         self.place[self.scalers.at[scaler]] = place
 
-    def fill(self, target_bytes: float) -> None:
-        """Take single changes of less effect while they fit, those of most effect a byte first."""
+    def fill(self, target_bytes: float, least: float) -> None:
+        """Take single changes of less effect while they fit, those of most effect a byte first, down to the least."""
         for _ in range(len(self.rows) + len(self.place)):
             room = target_bytes - self.total()
             now = self.bytes[self.rows, self.combination] * self.scale
@@ -135,7 +138,7 @@ class _Knapsack:
             spent, each, present = self._scaled(now), np.arange(len(self.scaling)), self.place[self.scalers.at]
             gain = self.scaling[each, present][:, None] - self.scaling
             worth = _worth(gain, spent - spent[each, present][:, None], room)
-            if max(best, worth.max(initial=0.0)) <= 0:
+            if max(best, worth.max(initial=0.0)) <= least:
                 return
             if worth.max(initial=0.0) > best:
                 scaler, place = np.unravel_index(worth.argmax(), worth.shape)

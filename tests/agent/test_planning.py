@@ -90,6 +90,17 @@ def test_the_plan_is_near_the_best_of_all_recipes(profile: Profile) -> None:
         assert effect(chosen) <= 1.2 * best + 1e-4
 
 
+def test_a_file_is_not_filled_up_with_bits_that_do_no_good(profile: Profile) -> None:
+    """Whatever room is left below the target: what hardly feels its bit width has the smallest."""
+    free = next(d for d in profile.space if d.name == "weights")
+    effects = profile.effect_table.copy()
+    effects[profile.at[free.key]] = 1e-11 * np.arange(effects.shape[1])
+    allowed = {d.key: d.choices for d in profile.space if d.name in ("weights", "sparsity")}
+    for share in np.linspace(0.05, 0.28, 13):
+        chosen = plan(profile, effects, share * profile.predict(profile.default()), profile.default(), allowed)
+        assert chosen[free.key] == free.choices[-1]
+
+
 def test_vectors_as_they_are_change_nothing_and_fewer_bits_change_more() -> None:
     """Also where norms are folded in the file and the distance is measured on the statistics of the batch."""
     task = zoo_task("residual")
