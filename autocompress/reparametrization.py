@@ -22,7 +22,7 @@ def plain(model: nn.Module) -> nn.Module:
     model.eval()
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            _settle(module)
+            _remove_parametrizations(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _settle(module: nn.Module) -> None:
+def _remove_parametrizations(module: nn.Module) -> None:
     """As `remove_parametrizations`, which would change the class of the module, and so its copies, too."""
     makers = module.parametrizations
     assert isinstance(makers, nn.ModuleDict)

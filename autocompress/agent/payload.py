@@ -47,8 +47,10 @@ def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, fol
             f"the model of task {task.name!r} cannot be sent to workers ({in_words(error)}): pickle must be able to "
             "write it"
         ) from error
-    sent = replace(task, model=task.build()) if isinstance(task.model, nn.Module) else task
-    plan = _Plan(task.name if named else sent, model, space, str(folder.resolve()), seed)
+    sent: Task | str = task.name if named else task
+    if isinstance(sent, Task) and isinstance(task.model, nn.Module):
+        sent = replace(task, model=task.build())
+    plan = _Plan(sent, model, space, str(folder.resolve()), seed)
     try:
         return _pickled(plan)
     except Exception as error:

@@ -44,8 +44,8 @@ def overfitting_sentence(front: ParetoFront) -> str:
     gap = front.overfitting()
     if math.isnan(gap):
         return ""
-    size = f"{100 * abs(gap):.2f} points" if front.base.in_shares else format_accuracy(abs(gap))
-    judged = f"{size} {'worse' if gap > 0 else 'better'} on test than"
-    if not float(size.split()[0]):
-        judged = "as good on test as"
+    if front.base.in_shares:
+        gap = round(100 * gap, 2)
+    size = f"{abs(gap):.2f} points" if front.base.in_shares else format_accuracy(abs(gap))
+    judged = f"{size} {'worse' if gap > 0 else 'better'} on test than" if gap else "as good on test as"
     return f"against the original, files are {judged} on validation (mean of the front)"
