@@ -131,6 +131,8 @@ def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tup
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if any(isinstance(x, Tensor) and _is_mapped(x) for x in args):
+                return
             if name in elementwise:
                 activations[name] = type(module).__name__
             elif args and isinstance(args[0], Tensor) and args[0].is_floating_point():
@@ -148,6 +150,12 @@ def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tup
         run(model)
     order = [name for name, _ in model.named_modules()]
     return tuple(sorted(inputs, key=order.index)), dict(sorted(activations.items(), key=lambda a: order.index(a[0])))
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether it is one of many inside `torch.vmap`, where nothing can be counted or measured."""
+    mapped: bool = torch._C._functorch.is_batchedtensor(x)
+    return mapped
 
 
 @torch.no_grad()

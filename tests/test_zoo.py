@@ -156,3 +156,24 @@ def test_narrow_shortcuts_do_not_end_the_process(tmp_path: Path) -> None:
         assert weight.is_contiguous() == bool(number), "channels are first where there are few"
         result = workshop.finish(number, recipe)
         assert 0 <= result.val_accuracy <= 1
+
+
+class Mapped(nn.Module):
+    """Gives its middle one row at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.middle = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.vmap(self.middle)(self.stem(x)))
+        return out
+
+
+def test_what_runs_inside_vmap_keeps_its_activations(tmp_path: Path) -> None:
+    batches = [(torch.randn(16, 8), torch.randint(4, (16,)))]
+    workshop = workshop_of(Task(Mapped(), batches, batches, batches, epochs=1), tmp_path)
+    assert workshop.anatomy.inputs == ("stem", "head")
+    assert not workshop.anatomy.activations
+    run(workshop, 0, {d.key: d.choices[-1] for d in workshop.space})
