@@ -119,12 +119,14 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
             layers.append(Layer(layer_name(key), key, tuple(tensor.shape), kind, tuple(touched.get(key, ()))))
         elif tensor.is_floating_point():
             vectors.append((tensor.numel(), tuple(touched.get(key, ()))))
-    inputs, activations = _seen_in_forward(model, run, {layer.parameter for layer in layers})
+    inputs, activations = _seen_in_forward(model, run, {layer.parameter for layer in layers}, left_alone)
     blocks = tuple(_blocks(model, run, layers, groups, steady))
     return Anatomy(tuple(layers), groups, activations, inputs, tuple(vectors), blocks, left_alone)
 
 
-def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+def _seen_in_forward(
+    model: nn.Module, run: Run, weights: set[str], left_alone: dict[str, str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """Layers fed with float tensors and activation modules, of those that really run."""
     inputs: dict[str, None] = {}
     activations: dict[str, str] = {}
@@ -132,8 +134,8 @@ def _seen_in_forward(model: nn.Module, run: Run, weights: set[str]) -> tuple[tup
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if any(isinstance(x, Tensor) and _is_mapped(x) for x in args):
-                return
-            if name in elementwise:
+                left_alone.setdefault(name, "its activations cannot be measured inside torch.vmap")
+            elif name in elementwise:
                 activations[name] = type(module).__name__
             elif args and isinstance(args[0], Tensor) and args[0].is_floating_point():
                 inputs[name] = None

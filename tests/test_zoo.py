@@ -176,4 +176,6 @@ def test_what_runs_inside_vmap_keeps_its_activations(tmp_path: Path) -> None:
     workshop = workshop_of(Task(Mapped(), batches, batches, batches, epochs=1), tmp_path)
     assert workshop.anatomy.inputs == ("stem", "head")
     assert not workshop.anatomy.activations
+    told = [site for site, reason in workshop.anatomy.left_alone.items() if "torch.vmap" in reason]
+    assert told == ["middle.0", "middle.1"]
     run(workshop, 0, {d.key: d.choices[-1] for d in workshop.space})

@@ -24,8 +24,8 @@ from autocompress.surgery import assign, tensors
 from autocompress.techniques.base import coding_of, structures
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-SMALL_VECTOR = 8
-"""Shorter tensors stay float32: a step of their own would cost as much as it saves."""
+_SMALL = 8
+"""Shorter tensors stay float32 where their codes would need a step of their own: it costs as much as it saves."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,13 @@ def plans(weights: Weights, recipe: Recipe) -> dict[str, Plan]:
     """How each tensor of a compressed model is stored: layers by their own plan, the rest by `vectors`."""
     vectors = recipe.get(MODEL, "vectors", "float32")
     assert vectors is not None
-    out = {}
+    coding, out = coding_of(vectors), {}
     for name, value in fold_norms(weights.model).items():
+        least = _SMALL if coding.parameters(vectors, tuple(value.shape)) else 2  # one number is stored as it is
         if name in weights.layers:
             out[name] = weights.layers[name]
-        elif value.is_floating_point() and value.numel() >= SMALL_VECTOR:
-            out[name] = Plan(value, vectors, coding_of(vectors).initial(value, vectors))
+        elif value.is_floating_point() and value.numel() >= least:
+            out[name] = Plan(value, vectors, coding.initial(value, vectors))
         else:
             out[name] = Plan(value, "float32")
     return out

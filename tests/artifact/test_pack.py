@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autocompress.artifact import load, pack, unpack
+from autocompress.artifact.container import decode_artifact
 from autocompress.artifact.pack import Weights, fold_norms, with_statistics
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Recipe
@@ -58,6 +59,14 @@ def test_tied_weights_are_stored_once_and_stay_tied() -> None:
     back = unpack(pack(Weights(model), Recipe()), ZOO["tied"][0])
     assert back.out.weight is back.embed.weight
     assert torch.equal(back.out.weight, model.out.weight)
+
+
+@pytest.mark.parametrize(("vectors", "bias"), [("e8m2", "e8m2"), ("int4", "float32")])
+def test_short_vectors_stay_exact_only_where_a_step_of_their_own_would_cost_as_much(vectors: str, bias: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.PReLU(init=0.3), nn.Linear(9, 3))
+    stored = decode_artifact(pack(Weights(model), Recipe.of({"model:vectors": vectors}))).tensors
+    assert (stored["0.bias"].choice, stored["2.bias"].choice) == (vectors, bias)
+    assert torch.equal(stored["1.weight"].value, model[1].weight)
 
 
 @pytest.mark.parametrize("other", ["mlp", "unet", "lstm"])
