@@ -1,5 +1,5 @@
 from . import techniques as techniques
-from .agent.controller import Progress
+from .agent.preparation import Progress
 from .agent.profile import Profile
 from .agent.sampler import FrontierSampler
 from .artifact import Artifact, load, read_artifact

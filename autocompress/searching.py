@@ -10,7 +10,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from autocompress.agent.controller import PROFILING, Controller, Listener, Progress, trained
+from autocompress.agent.controller import Controller
+from autocompress.agent.preparation import PROFILING, Listener, Preparation, Progress, trained
 from autocompress.agent.profile import Profile
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.agent.run_config import read_config, write_config
@@ -79,13 +80,13 @@ def search(
     folder = create_run(run, given.name)
     with _told(listener, quiet) as told:
         try:
-            controller = Controller(folder, given, rules, settings, told, isinstance(task, str), address)
+            prepared = Preparation(folder, given, rules, settings, told, isinstance(task, str), address)
             write_config(folder, rules, settings)
         except BaseException:
             if not (folder / JOURNAL).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        return controller.run()
+        return _run(prepared)
 
 
 def resume(
@@ -116,7 +117,7 @@ def resume(
     if time_budget is not None:
         settings |= {"paced": budget is None, "time_budget_seconds": parse_duration(time_budget)}
     with _told(listener, quiet) as told:
-        return Controller(folder, given, rules, settings, told, task is None, address).run()
+        return _run(Preparation(folder, given, rules, settings, told, task is None, address))
 
 
 def profile(
@@ -148,6 +149,13 @@ def profile(
             workshop, lambda: workshop.base_profile(lambda share: tell(f"{PROFILING}: {100 * share:.0f}%"))
         )
         return Profile(workshop.space, workshop.anatomy, measured)
+
+
+def _run(prepared: Preparation) -> ParetoFront:
+    try:
+        return Controller(prepared).run()
+    finally:
+        prepared.cluster.close()
 
 
 def _told(listener: Listener | None, quiet: bool) -> AbstractContextManager[Listener]:

@@ -26,7 +26,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from autocompress.agent.controller import trained
+from autocompress.agent.preparation import trained
 from autocompress.compression import Candidate
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.space import BoundSpace

@@ -43,8 +43,8 @@ from rich.table import Table
 
 import autocompress as ac
 from autocompress.agent.acquisition import Region
-from autocompress.agent.controller import trained
 from autocompress.agent.forecast import Forecast
+from autocompress.agent.preparation import trained
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.agent.sampler import Point, distributions
 from autocompress.agent.samplers import make_sampler

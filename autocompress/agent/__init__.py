@@ -1,1 +1,1 @@
-"""The search: controller, sampler, planner, profile, study, scheduler and engine."""
+"""The search: preparation, controller, sampler, planner, profile, study, scheduler and engine."""

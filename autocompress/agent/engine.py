@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
+import torch
+
 from autocompress.errors import RunError, in_words
 from autocompress.trial import Rung, TrialResult, TrialSpec
 from autocompress.version import __version__
@@ -83,6 +85,51 @@ class Connection:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.closed.set()
+
+
+class Cluster:
+    """The Ray of a search: one that is running, and joined, or a private one, which starts while something else is
+    done here. connection: None until it is there."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self._starting: Future[Connection] | None = None
+
+    def join(self, address: str, sample: Path) -> None:
+        """See `join_ray`."""
+        self.connection = join_ray(address, sample)
+
+    def size(self) -> tuple[int, int]:
+        """(CPU cores, GPUs) of all its nodes; before a private one is there, of this machine, and of eight cores at
+        most."""
+        if self.connection is None:
+            return min(os.cpu_count() or 1, 8), torch.cuda.device_count()
+        import ray
+
+        found = ray.cluster_resources()
+        return max(1, int(found.get("CPU", 0))), int(found.get("GPU", 0))
+
+    def start(self, workers: int) -> None:
+        """Have a private one for so many workers on its way, unless one is there."""
+        if self.connection is None and self._starting is None:
+            self._starting = starting_ray(workers)
+
+    def wait(self, workers: int) -> None:
+        """Until it is there. Raises RunError when it does not start."""
+        self.start(workers)
+        if self.connection is None and self._starting is not None:
+            self.connection = self._starting.result()
+
+    def scratch(self, folder: Path) -> Path:
+        """Where Ray Tune may write: of a cluster all nodes share `folder`, that of the run."""
+        return (self.connection and self.connection.folder) or folder
+
+    def close(self) -> None:
+        """Ends what was started, leaves what was joined."""
+        if self._starting is not None and self._starting.exception() is None:
+            self.connection = self._starting.result()
+        if self.connection is not None:
+            self.connection.close()
 
 
 def starting_ray(workers: int) -> Future[Connection]:
@@ -167,14 +214,6 @@ def _signals_kept() -> Iterator[None]:
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-
-
-def cluster_size() -> tuple[int, int]:
-    """(CPU cores, GPUs) of all nodes of the Ray that is connected to."""
-    import ray
-
-    found = ray.cluster_resources()
-    return max(1, int(found.get("CPU", 0))), int(found.get("GPU", 0))
 
 
 def _check_address(address: str) -> None:

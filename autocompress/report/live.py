@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autocompress.agent.controller import Progress
+from autocompress.agent.preparation import Progress
 from autocompress.durations import duration
 from autocompress.front import format_accuracy, non_dominated
 from autocompress.sizes import format_size

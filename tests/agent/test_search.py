@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import autocompress as ac
-from autocompress.agent import controller
+from autocompress.agent import preparation
 from autocompress.agent.run_folder import create_run, existing_run
 from autocompress.errors import RunError, TargetError
 from tests import mini
@@ -41,7 +41,7 @@ def test_a_search_shows_how_far_it_is(quiet: bool, tmp_path: Path, capsys: pytes
 
 def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(controller, "WORTH_WORKERS", 0)
+    monkeypatch.setattr(preparation, "WORTH_WORKERS", 0)
     seen: list[ac.Progress] = []
     front = ac.search(mini.brief_task(), 8, run=tmp_path / "run", workers=2, listener=seen.append)
     folder = tmp_path / "run"

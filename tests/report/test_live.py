@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from autocompress.agent.controller import Progress
+from autocompress.agent.preparation import Progress
 from autocompress.durations import duration
 from autocompress.front import Base
 from autocompress.report.live import LiveView, terminal_plot
