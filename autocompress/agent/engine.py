@@ -134,6 +134,7 @@ class Cluster:
 
 def starting_ray(workers: int) -> Future[Connection]:
     """`start_ray`, while something else is done here: it takes seconds, mostly of waiting."""
+    os.environ.update(_SETTINGS)  # some are read when ray is imported
     import autocompress.agent.tuning  # noqa: F401  (not in the thread: filters of warnings are the whole process's)
 
     started: Future[Connection] = Future()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import autocompress as ac
-from autocompress.agent import controller
+from autocompress.agent import controller, engine
 from autocompress.agent.run_folder import create_run
 from autocompress.agent.sampler import FrontierSampler
 from autocompress.errors import RunError
@@ -83,7 +83,8 @@ COMMAND = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers
 def started(run: Path, trials: int) -> subprocess.Popen[str]:
     """A slow search in a process group of its own, when so many of its 6 trials are finished."""
     command = [*COMMAND, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run)]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    fresh = {name: value for name, value in os.environ.items() if name not in engine._SETTINGS}  # of searches before
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=fresh)
     deadline = time.monotonic() + 120
     while len(list(run.glob("trials/*/metrics.json"))) < trials and process.poll() is None:
         if time.monotonic() > deadline:
