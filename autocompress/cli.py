@@ -94,6 +94,10 @@ def search(
         str | None,
         typer.Option(help="Name (under runs/) or path of the run folder; new and numbered by default."),
     ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs of fine-tuning a trial, by default the task's; 0 compresses without training."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(help="Trials at a time; by default one per GPU, else one per CPU core."),
@@ -126,7 +130,7 @@ def search(
     from autocompress.report.live import LiveView
 
     if resume is not None:
-        _refuse(context, "task", "space", "seed", "run", "sampler", "max_size", "min_accuracy")
+        _refuse(context, "task", "space", "epochs", "seed", "run", "sampler", "max_size", "min_accuracy")
     view = LiveView(err, shown=not (quiet or as_json))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it, it ends as by Ctrl-C
     try:
@@ -146,6 +150,7 @@ def search(
                     budget,
                     space,
                     time_budget=time_budget,
+                    epochs=epochs,
                     seed=seed,
                     run=run,
                     workers=workers,

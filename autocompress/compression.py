@@ -9,6 +9,7 @@ recurrent layers, tied weights, functional calls.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ class Candidate:
             choice != technique.default and type(technique).regrown is not TrainingTechnique.regrown
             for technique, choice in self.training
         )
-        clipping = str(options.get(WeightClipping.name, WeightClipping.default))
+        self._clipping = str(options.get(WeightClipping.name, WeightClipping.default))
         if parent:
             for name, structure in structures().items():
                 if structure.permanent and parent_recipe is not None:
@@ -124,13 +125,16 @@ class Candidate:
             self.layers[layer_name(key)] = shadow
         self.set_masks()
         for name, shadow in self.layers.items():
-            choice, coding, dense = shadow.choice, shadow.coding, shadow.dense
-            known = learned.get(f"{name}|{choice}") if choices.get(name) == choice else None
-            fits = known is not None and len(known) == coding.parameters(choice, tuple(dense.shape))
-            shadow.learned = (
-                known.clone() if known is not None and fits else coding.initial(shadow.masked(), choice, clipping)
-            )
-            shadow.learned = shadow.learned.to(dense.device)
+            known = learned.get(f"{name}|{shadow.choice}") if choices.get(name) == shadow.choice else None
+            if known is not None and len(known) == shadow.coding.parameters(shadow.choice, tuple(shadow.dense.shape)):
+                shadow.learned = known.clone().to(shadow.dense.device)
+            else:
+                self.fit_steps(shadow)
+
+    def fit_steps(self, shadow: ShadowedLayer) -> None:
+        """The learned parameters of its coding, as they suit its weights before any training."""
+        fitted = shadow.coding.initial(shadow.masked(), shadow.choice, self._clipping)
+        shadow.learned = fitted.to(shadow.dense.device)
 
     def _weights(self) -> list[tuple[str, str]]:
         """(name of the tensor, site) of all weights that are layers of the original, or parts of one."""
@@ -144,19 +148,20 @@ class Candidate:
     def set_masks(self, share: float = 1.0, start: Mapping[str, float] | None = None, regrown: float = 0.0) -> None:
         """Draw the masks from the weights as they are, at `share` of the way from `start` (site -> share of
         zeros) to the recipe's sparsity. regrown: share of what stays that may be exchanged for pruned weights."""
-        for dimension, masking in maskings().items():
-            targets = self._targets(dimension, masking, share, start or {})
-            for name, target in targets.items():
-                shadow = self.layers[name]
-                if target == masking.default:
-                    shadow.mask = None
-                    continue
-                weight = (shadow.masked() if self.regrows and share > 0 else shadow.dense).detach()
-                mask = masking.mask(weight, target)
-                if regrown and isinstance(target, float) and shadow.gradient is not None:
-                    for technique, choice in self.training:
-                        mask = technique.regrown(choice, mask, weight, shadow.gradient, regrown)
-                shadow.mask = mask.float()
+        for name, targets in self.targets(share, start).items():
+            shadow = self.layers[name]
+            weight = (shadow.masked() if self.regrows and share > 0 else shadow.dense).detach()
+            mask = drawn_mask(weight, targets)
+            shares = all(isinstance(target, float) for target in targets.values())
+            if mask is not None and regrown and shares and shadow.gradient is not None:
+                for technique, choice in self.training:
+                    mask = technique.regrown(choice, mask, weight, shadow.gradient, regrown)
+            shadow.mask = None if mask is None else mask.float()
+
+    def targets(self, share: float = 1.0, start: Mapping[str, float] | None = None) -> dict[str, dict[str, Choice]]:
+        """Layer -> dimension of each masking -> what is asked of the layer by now (see `set_masks`)."""
+        asked = {name: self._targets(name, masking, share, start or {}) for name, masking in maskings().items()}
+        return {layer: {name: asked[name][layer] for name in asked} for layer in self.layers}
 
     def _targets(self, dimension: str, masking: Masking, share: float, start: Mapping[str, float]) -> dict[str, Choice]:
         """Layer -> what its mask should be now: shares on their way, exchanged between layers where asked."""
@@ -239,6 +244,13 @@ class Candidate:
             if shadow.learned.numel():
                 state[f"{_STEP}{name}|{shadow.choice}"] = shadow.learned.detach()
         return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+
+
+def drawn_mask(weight: Tensor, targets: Mapping[str, Choice]) -> Tensor | None:
+    """Bool, shape of `weight`: what stays of it; None if nothing is asked. targets: masking's dimension -> choice."""
+    asked = [(masking, targets[name]) for name, masking in maskings().items() if targets[name] != masking.default]
+    masks = [masking.mask(weight, choice) for masking, choice in asked]
+    return functools.reduce(torch.logical_and, masks) if masks else None
 
 
 def activation_modules(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:

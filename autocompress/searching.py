@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ def search(
     space: SearchSpace | str | Path = "default",
     *,
     time_budget: str | float | None = None,
+    epochs: int | None = None,
     seed: int = 0,
     run: str | Path | None = None,
     workers: int | None = None,
@@ -51,7 +53,8 @@ def search(
 
     budget: length of the search in whole trials; one that is stopped halfway counts half. By default 50, or
     with `time_budget` as many as fit. time_budget: seconds, "30m" or "1h30m"; no trial but the first begins that
-    would end later. run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
+    would end later. epochs: of fine-tuning a trial, the task's by default; 0 compresses without training
+    (docs/tasks.md). run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
     time; by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
     validation accuracy; both focus the search. address: of a Ray cluster to run trials on, "auto" or "host:port", whose
     nodes share the run folder; by default a private Ray on this machine. listener: is told after every step; by
@@ -60,7 +63,7 @@ def search(
 
     Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
     """
-    given = load_task(task) if isinstance(task, str) else task
+    given = _lasting(load_task(task) if isinstance(task, str) else task, epochs)
     _check_budget(budget, workers)
     check_sampler(sampler)
     seconds = None if time_budget is None else parse_duration(time_budget)
@@ -71,6 +74,7 @@ def search(
         "budget": budget or _BUDGET,
         "paced": budget is None and seconds is not None,
         "time_budget_seconds": seconds,
+        "epochs": given.epochs,
         "seed": seed,
         "workers": workers,
         "sampler": sampler,
@@ -110,7 +114,7 @@ def resume(
     rules, settings = read_config(folder)
     if task is None and settings["task"] == "custom":
         raise RunError(f"run {str(folder)!r} was started with a Task object: pass task= to resume it")
-    given = task or load_task(settings["task"])
+    given = _lasting(task or load_task(settings["task"]), settings.get("epochs"))
     settings |= {"budget": budget or settings["budget"], "workers": workers or settings["workers"]}
     if budget is not None:
         settings |= {"paced": False, "time_budget_seconds": None}
@@ -160,6 +164,11 @@ def _run(prepared: Preparation) -> ParetoFront:
 
 def _told(listener: Listener | None, quiet: bool) -> AbstractContextManager[Listener]:
     return nullcontext(listener) if listener else LiveView(Console(stderr=True), shown=not quiet)
+
+
+def _lasting(task: Task, epochs: int | None) -> Task:
+    """The task with trials of so many epochs, or its own."""
+    return task if epochs is None else replace(task, epochs=epochs)
 
 
 def _check_budget(budget: int | None, workers: int | None) -> None:

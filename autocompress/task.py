@@ -46,7 +46,8 @@ class Task:
     pretrain: optional `pretrain(model)` that trains what `model` builds, in place. A search calls it
         once and keeps the weights in the run folder; `evaluate` never does.
     epochs, learning_rate: length and peak rate (AdamW, one cycle) of the fine-tuning of one trial; a search finds by
-        itself which multiple of the rate suits heavy compression (docs/search.md).
+        itself which multiple of the rate suits heavy compression (docs/search.md). No epochs: layers are fitted to
+        what the original's say, in closed form (`reconstruction.py`).
     """
 
     model: nn.Module | Callable[[], nn.Module]

@@ -37,9 +37,10 @@ from autocompress.probing import (
 )
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
+from autocompress.reconstruction import reconstruct
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, to_device
-from autocompress.techniques.base import maskings
+from autocompress.techniques.base import maskings, only_trains
 from autocompress.training import fine_tune, step_costs
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
@@ -143,7 +144,8 @@ class Workshop:
         self.calibration = replace(calibration, task=self.task)
         put_channels_last(self.original, self.calibration)  # so of every candidate, which are copies of it
         self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
-        self.space = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space
+        bound = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space
+        self.space = bound if task.epochs else BoundSpace(tuple(d for d in bound if not only_trains(d.name)))
 
     @cached_property
     def prober(self) -> Prober:
@@ -214,7 +216,7 @@ class Workshop:
         recipe = Recipe.from_json(spec.recipe)
         write_file(folder / RECIPE, json.dumps(spec.recipe, indent=1).encode())
         state, start, parent_recipe = None, None, None
-        if spec.parent is not None:
+        if spec.parent is not None and self.task.epochs:
             parent = self.trial_folder(spec.parent)
             state = load_file(parent / CHECKPOINT, device=str(self.device))
             parent_recipe = Recipe.from_json(json.loads((parent / RECIPE).read_text()))
@@ -223,7 +225,9 @@ class Workshop:
         candidate = Candidate(self.original, self.anatomy, recipe, self.calibration, state, parent_recipe)
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
-        learning_rate = self._learning_rate(candidate)
+        if not self.task.epochs:
+            reconstruct(self.task, candidate, self.original)
+        learning_rate = self._learning_rate(candidate) if epochs else None
         for epoch in fine_tune(self.task, candidate, self.original, epochs, start, learning_rate, rate):
             halfway = epoch == (epochs + 1) // 2 and epoch < epochs
             yield Rung(epoch, epochs, measure(self.task, candidate.model, "val") if halfway else None)

@@ -63,8 +63,9 @@ def test_float16_with_a_scaled_loss_trains_as_well_as_float32(monkeypatch: pytes
     assert min(found.values()) > found["float32"] - 0.03
 
 
-def test_a_trial_and_its_child_leave_files_that_any_machine_reads(tmp_path: Path) -> None:
-    task = replace(small_digits(2), loss=on_the_gpu)
+@pytest.mark.parametrize("epochs", [2, 0])
+def test_a_trial_and_its_child_leave_files_that_any_machine_reads(epochs: int, tmp_path: Path) -> None:
+    task = replace(small_digits(epochs), loss=on_the_gpu)
     workshop = Workshop(task, task.build(), SearchSpace.parse(SPACE), tmp_path, 0, "cuda")
     for number, precision in enumerate(("float32", "float16")):
         parent = number - 1 if number else None

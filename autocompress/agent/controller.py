@@ -40,6 +40,7 @@ class Controller:
             prepared.seed,
             settings["max_size_bytes"],
             settings["min_accuracy"],
+            prepared.task.epochs > 0,
         )
         self.study = SearchStudy(prepared.folder, prepared.space, budget, self.sampler)
         self.results = Results(self.workshop, prepared.rules.name, self.base, self.study)

@@ -21,9 +21,11 @@ from autocompress.trial import Workshop
 
 @dataclass
 class _Plan:
-    """Pickled once. task: its name where it has one. model: pickled by itself, so that each worker has its own."""
+    """Pickled once. task: its name where it has one. epochs: of a trial. model: pickled by itself, so that each worker
+    has its own."""
 
     task: Task | str
+    epochs: int
     model: bytes
     space: BoundSpace
     folder: str
@@ -32,7 +34,9 @@ class _Plan:
     def __call__(self) -> Workshop:
         task = load_task(self.task) if isinstance(self.task, str) else self.task
         model = cloudpickle.loads(self.model)
-        return Workshop(task, model, self.space, Path(self.folder), self.seed, fastest_device())
+        return Workshop(
+            replace(task, epochs=self.epochs), model, self.space, Path(self.folder), self.seed, fastest_device()
+        )
 
 
 def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, folder: Path, seed: int) -> bytes:
@@ -50,7 +54,7 @@ def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, fol
     sent: Task | str = task.name if named else task
     if isinstance(sent, Task) and isinstance(task.model, nn.Module):
         sent = replace(task, model=task.build())
-    plan = _Plan(sent, model, space, str(folder.resolve()), seed)
+    plan = _Plan(sent, task.epochs, model, space, str(folder.resolve()), seed)
     try:
         return _pickled(plan)
     except Exception as error:

@@ -144,7 +144,7 @@ def _key(told: Mapping[str, Any]) -> tuple[str, int | None, float]:
 class FrontierSampler(BaseSampler):
     """profile: effects and bytes measured on the original. budget: trials in all. base_accuracy, chance_accuracy: of
     the original, and of what knows nothing, on the validation split. max_size_bytes, min_accuracy: where the search
-    should look.
+    should look. trains: whether trials fine-tune, so that one more of the same recipe is worth a thought.
     """
 
     def __init__(
@@ -156,9 +156,10 @@ class FrontierSampler(BaseSampler):
         max_size_bytes: float | None = None,
         min_accuracy: float | None = None,
         chance_accuracy: float = 0.0,
+        trains: bool = True,
     ) -> None:
         self.profile, self.budget, self.base_accuracy, self.seed = profile, budget, base_accuracy, seed
-        self.max_size_bytes, self.min_accuracy = max_size_bytes, min_accuracy
+        self.max_size_bytes, self.min_accuracy, self.trains = max_size_bytes, min_accuracy, trains
         self._skill = skill(base_accuracy, chance_accuracy)
         self._useful = _USEFUL * self._skill
         """Accuracy that a file may lose and still be of use."""
@@ -333,7 +334,8 @@ class FrontierSampler(BaseSampler):
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
         if self.max_size_bytes is not None:
             out += [Proposal("step", p, _AIM * self.max_size_bytes) for p in useful if p.size > self.max_size_bytes]
-        out += [self._as_it_is("train", p.reached, p, done, rng) for p in useful]
+        if self.trains:
+            out += [self._as_it_is("train", p.reached, p, done, rng) for p in useful]
         for larger in rng.sample(useful[:-1], min(len(useful) - 1, 3)):
             out.append(self._crossover(larger, useful[useful.index(larger) + 1], done, rng))
         if self.tried:

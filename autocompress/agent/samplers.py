@@ -29,13 +29,14 @@ def make_sampler(
     seed: int,
     max_size_bytes: float | None,
     min_accuracy: float | None,
+    trains: bool = True,
 ) -> BaseSampler:
-    """Constraints focus every sampler: ours aims at them, Optuna's treat them as constraints."""
+    """Constraints focus every sampler: ours aims at them, Optuna's treat them as constraints. trains: whether trials
+    fine-tune."""
     check_sampler(name)
     if name == "frontier":
-        return FrontierSampler(
-            profile, budget, base.val_accuracy, seed, max_size_bytes, min_accuracy, base.chance_accuracy
-        )
+        known = base.val_accuracy, seed, max_size_bytes, min_accuracy, base.chance_accuracy
+        return FrontierSampler(profile, budget, *known, trains)
     if name == "random":
         return RandomSampler(seed=seed)
     constraints = _constraints(max_size_bytes, min_accuracy)

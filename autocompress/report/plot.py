@@ -126,14 +126,15 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             label="validation (selects)",
         )
         tested = [p for p in front.points if p.test_accuracy is not None]
-        axes.plot(
-            [p.size_bytes for p in tested],
-            [unit * float(p.test_accuracy or 0) for p in tested],
-            "x",
-            color=_ORANGE,
-            ms=6,
-            label="test (reported)",
-        )
+        if tested:
+            axes.plot(
+                [p.size_bytes for p in tested],
+                [unit * float(p.test_accuracy or 0) for p in tested],
+                "x",
+                color=_ORANGE,
+                ms=6,
+                label="test (reported)",
+            )
         base = front.base
         axes.plot(
             base.size_bytes,

@@ -146,7 +146,8 @@ class Coding(Technique):
     """Represents a tensor in fewer bits; the choices of several codings make one dimension.
 
     tag: the number that names the coding in a file; fixed for ever once released. repeats: whether rows
-    of codes (places of the first dimension) are made to be equal; the file then holds each once.
+    of codes (places of the first dimension) are made to be equal; the file then holds each once. elementwise:
+    whether `simulate` of a column of a matrix is that column of `simulate` of the whole.
     """
 
     name: ClassVar[str] = "weights"
@@ -154,6 +155,7 @@ class Coding(Technique):
     about = "number format of the weights of a layer"
     tag: ClassVar[int]
     repeats: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     @abstractmethod
     def choices(self) -> Sequence[Choice]:
@@ -344,6 +346,15 @@ def maskings() -> Mapping[str, Masking]:
 
 def trainings() -> Mapping[str, TrainingTechnique]:
     return _TRAININGS
+
+
+_TRAINS = ("autocast", "penalty", "learning_rate_factor", "term", "regrown", "settle")
+
+
+def only_trains(dimension: str) -> bool:
+    """Whether it is that of a technique that acts by fine-tuning alone."""
+    kind, general = type(_TRAININGS.get(dimension)), TrainingTechnique
+    return dimension in _TRAININGS and any(getattr(kind, name) is not getattr(general, name) for name in _TRAINS)
 
 
 def coding_choices() -> dict[Choice, Coding]:

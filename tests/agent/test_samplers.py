@@ -23,8 +23,8 @@ from tests.agent.conftest import BASE, Outcome, drive, folder_of
 
 
 def study_of(folder: Path, profile: Profile, name: str, budget: int = 24, **constraints: Any) -> SearchStudy:
-    limits = {"max_size_bytes": None, "min_accuracy": None, **constraints}
-    sampler = make_sampler(name, profile, budget, BASE, 0, limits["max_size_bytes"], limits["min_accuracy"])
+    settings = {"max_size_bytes": None, "min_accuracy": None, **constraints}
+    sampler = make_sampler(name, profile, budget, BASE, 0, **settings)
     return SearchStudy(folder, profile.space, budget, sampler)
 
 
@@ -173,6 +173,12 @@ def test_a_file_is_trained_on_by_one_worker_at_a_time(profile: Profile, outcome:
         spec = running.pop(0)
         study.tell(spec.number, outcome(spec))
     assert trained_on
+
+
+def test_without_training_nothing_is_trained_on(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    study = study_of(tmp_path, profile, "frontier", 60, trains=False)
+    drive(study, outcome)
+    assert {t.user_attrs["move"] for t in study.trials()} == {RACE, "step", "cross"}
 
 
 def asked_by(workers: int, study: SearchStudy, outcome: Outcome, trials: int) -> list[FrozenTrial]:
