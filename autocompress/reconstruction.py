@@ -36,8 +36,8 @@ _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
 _ROWS = 8
 """Times its inputs: what a layer is fitted to."""
-_ROUNDS = 20
-"""Of conjugate gradients."""
+_ROUNDS, _BLOCK = 20, 128
+"""Of conjugate gradients; and columns that are rounded before the others hear of it."""
 _SAMPLES, _PLACES = 4096, 4096
 """Training samples at most; and values of a channel that its mean and variance are taken of."""
 _RATIO = 1e-4, 1e4
@@ -234,12 +234,17 @@ def _compress(
 def _rounded(shadow: ShadowedLayer, weight: Tensor, kept: Tensor, ahead: Tensor) -> Tensor:
     """`weight` as it is stored, zero where `kept` is. ahead: upper triangle of the inverse of the Hessian: a row tells
     how the columns to come make good for one. All float64; [outputs, inputs], and [inputs, inputs]."""
-    left, done = weight.clone(), torch.zeros_like(weight)
-    for i in range(weight.shape[1]):
-        column = (left[:, i] * kept[:, i]).float()[:, None]
-        done[:, i] = shadow.coding.simulate(column, shadow.choice, shadow.learned)[:, 0].double()
-        error = (left[:, i] - done[:, i]) / ahead[i, i]
-        left[:, i + 1 :] -= torch.outer(error, ahead[i, i + 1 :])
+    left, done = weight.clone(), torch.empty_like(weight)
+    for first in range(0, weight.shape[1], _BLOCK):  # what the columns beyond make good for is put off till its end
+        block, beyond = slice(first, first + _BLOCK), slice(first + _BLOCK, None)
+        part, triangle = left[:, block].clone(), ahead[block, block]
+        errors = torch.empty_like(part)
+        for i in range(part.shape[1]):
+            column = (part[:, i] * kept[:, first + i]).float()[:, None]
+            done[:, first + i] = shadow.coding.simulate(column, shadow.choice, shadow.learned)[:, 0].double()
+            errors[:, i] = (part[:, i] - done[:, first + i]) / triangle[i, i]
+            part[:, i + 1 :] -= torch.outer(errors[:, i], triangle[i, i + 1 :])
+        left[:, beyond] -= errors @ ahead[block, beyond]
     return done
 
 
