@@ -1,10 +1,9 @@
 """Post-training compression: what fine-tuning would make good for, layer by layer and in closed form.
 
 Layers are taken in the order in which they run, each with the inputs that the layers before it give by now. Its
-weights are moved to where it says what the original's said (least squares, He et al., ICCV 2017). Those go whose loss
-costs least (optimal brain surgeon, Hassibi and Stork, 1992), and what stays of each output is fitted once more
-(conjugate gradients, Hestenes and Stiefel, 1952). Then weights are rounded, one input after the other, and those still
-to come make good for the error of each (GPTQ, Frantar et al., ICLR 2023; SparseGPT, Frantar and Alistarh, ICML 2023).
+weights are moved to where it says what the original's said (least squares, He et al., ICCV 2017), so each layer makes
+good for the errors of those before. The weights go whose loss costs least (optimal brain surgeon, Hassibi and Stork,
+1992), and what stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
 Biases make good for what is left of the mean (Nagel et al., ICCV 2019), and batch norms see to it that each channel has
 the mean and the variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
 
@@ -34,10 +33,10 @@ _DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that is added to it, at least."""
 _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
-_ROWS = 8
+_ROWS = 16
 """Times its inputs: what a layer is fitted to."""
-_ROUNDS, _BLOCK = 20, 128
-"""Of conjugate gradients; and columns that are rounded before the others hear of it."""
+_ROUNDS = 20
+"""Of conjugate gradients."""
 _SAMPLES, _PLACES = 4096, 4096
 """Training samples at most; and values of a channel that its mean and variance are taken of."""
 _RATIO = 1e-4, 1e4
@@ -203,54 +202,25 @@ def _places(layer: Layer, y: Tensor) -> Tensor:
 def _compress(
     candidate: Candidate, shadow: ShadowedLayer, layer: Layer, fit: _Fit, targets: Mapping[str, Choice]
 ) -> None:
-    """The weights that the file will hold, the steps and the mask that give them, and the bias that goes with them."""
-    before = shadow.dense.flatten(1).double()
-    damped = fit.hessian.diagonal() + _damping(fit)
-    order = damped.argsort(descending=True)  # what weighs most is rounded while most can make good for it
-    back = order.argsort()
-    hessian = fit.hessian.diagonal_scatter(damped)[order][:, order]
+    """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them."""
+    before, shape = shadow.dense.flatten(1).double(), shadow.dense.shape
+    hessian = fit.hessian.diagonal_scatter(fit.hessian.diagonal() + _damping(fit))
     triangle = torch.linalg.cholesky(hessian)
-    inverse = torch.cholesky_inverse(triangle)
-
-    def whole(columns: Tensor) -> Tensor:
-        """float32, shape of the layer, of a matrix whose columns are in order."""
-        return columns[:, back].float().view(shadow.dense.shape)
-
-    weight = before[:, order] + torch.cholesky_solve(fit.pull[order], triangle).T
-    mask = drawn_mask(whole(weight / inverse.diagonal().sqrt()), targets)
-    kept = torch.ones_like(weight)
+    weight = before + torch.cholesky_solve(fit.pull, triangle).T
+    saliency = weight / torch.cholesky_inverse(triangle).diagonal().sqrt()
+    mask = drawn_mask(saliency.float().view(shape), targets)
     if mask is not None:
-        shadow.mask, kept = mask.float(), mask.flatten(1)[:, order].double()
-        weight = _refitted(weight, hessian, kept)
-    shadow.dense = whole(weight)
+        shadow.mask, weight = mask.float(), _refitted(weight, hessian, mask.flatten(1))
+    shadow.dense = weight.float().view(shape)
     candidate.fit_steps(shadow)
-    if shadow.coding.elementwise:
-        shadow.dense = whole(_rounded(shadow, weight, kept, torch.linalg.cholesky(inverse, upper=True)))
     if layer.bias is not None:
         moved = shadow.effective().flatten(1).double() - before
         layer.bias += (fit.lack - moved @ fit.input).to(layer.bias.dtype)
 
 
-def _rounded(shadow: ShadowedLayer, weight: Tensor, kept: Tensor, ahead: Tensor) -> Tensor:
-    """`weight` as it is stored, zero where `kept` is. ahead: upper triangle of the inverse of the Hessian: a row tells
-    how the columns to come make good for one. All float64; [outputs, inputs], and [inputs, inputs]."""
-    left, done = weight.clone(), torch.empty_like(weight)
-    for first in range(0, weight.shape[1], _BLOCK):  # what the columns beyond make good for is put off till its end
-        block, beyond = slice(first, first + _BLOCK), slice(first + _BLOCK, None)
-        part, triangle = left[:, block].clone(), ahead[block, block]
-        errors = torch.empty_like(part)
-        for i in range(part.shape[1]):
-            column = (part[:, i] * kept[:, first + i]).float()[:, None]
-            done[:, first + i] = shadow.coding.simulate(column, shadow.choice, shadow.learned)[:, 0].double()
-            errors[:, i] = (part[:, i] - done[:, first + i]) / triangle[i, i]
-            part[:, i + 1 :] -= torch.outer(errors[:, i], triangle[i, i + 1 :])
-        left[:, beyond] -= errors @ ahead[block, beyond]
-    return done
-
-
 def _refitted(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
-    """The nearest to `weight`, in the norm of `hessian`, of the matrices that are zero where `kept` is: all outputs at
-    once, by conjugate gradients that are scaled by the diagonal. float64 [outputs, inputs], [inputs, inputs]."""
+    """The nearest to `weight`, in the norm of `hessian`, of the matrices that are zero where `kept` is not: all outputs
+    at once, by conjugate gradients scaled by the diagonal. float64 [outputs, inputs], [inputs, inputs]; bool."""
     nearest = weight * kept
     left = (weight - nearest) @ hessian * kept
     direction = scaled = left / hessian.diagonal()

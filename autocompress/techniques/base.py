@@ -146,8 +146,7 @@ class Coding(Technique):
     """Represents a tensor in fewer bits; the choices of several codings make one dimension.
 
     tag: the number that names the coding in a file; fixed for ever once released. repeats: whether rows
-    of codes (places of the first dimension) are made to be equal; the file then holds each once. elementwise:
-    whether `simulate` of a column of a matrix is that column of `simulate` of the whole.
+    of codes (places of the first dimension) are made to be equal; the file then holds each once.
     """
 
     name: ClassVar[str] = "weights"
@@ -155,7 +154,6 @@ class Coding(Technique):
     about = "number format of the weights of a layer"
     tag: ClassVar[int]
     repeats: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = True
 
     @abstractmethod
     def choices(self) -> Sequence[Choice]:

@@ -26,7 +26,7 @@ class Filters(IntegerCoding):
     """Learned parameters: that of the int4 coding, then for each row the number of its filter (fixed)."""
 
     tag = 4
-    repeats, elementwise = True, False
+    repeats = True
 
     def choices(self) -> Sequence[Choice]:
         return ("filters-0.75", "filters-0.5", "filters-0.25")

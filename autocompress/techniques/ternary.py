@@ -25,7 +25,7 @@ _THRESHOLD = 0.7
 class Ternary(IntegerCoding):
     """Learned parameters: log2 of the scale of positive and of negative weights (binary: of both)."""
 
-    tag, elementwise = 2, False
+    tag = 2
 
     def choices(self) -> Sequence[Choice]:
         return ("ternary", "binary")
