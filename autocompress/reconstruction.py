@@ -2,8 +2,8 @@
 
 Layers are taken in the order in which they run, each with the inputs that the layers before it give by now. Its
 weights are moved to where it says what the original's said (least squares, He et al., ICCV 2017), so each layer makes
-good for the errors of those before. The weights go whose loss costs least (optimal brain surgeon, Hassibi and Stork,
-1992), and what stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
+good for the errors of those before. Those go that are smallest times the norm of their input (Wanda, Sun et al., ICLR
+2024), and what stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
 Biases make good for what is left of the mean (Nagel et al., ICCV 2019), and batch norms see to it that each channel has
 the mean and the variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
 
@@ -205,10 +205,8 @@ def _compress(
     """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them."""
     before, shape = shadow.dense.flatten(1).double(), shadow.dense.shape
     hessian = fit.hessian.diagonal_scatter(fit.hessian.diagonal() + _damping(fit))
-    triangle = torch.linalg.cholesky(hessian)
-    weight = before + torch.cholesky_solve(fit.pull, triangle).T
-    saliency = weight / torch.cholesky_inverse(triangle).diagonal().sqrt()
-    mask = drawn_mask(saliency.float().view(shape), targets)
+    weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).T
+    mask = drawn_mask((weight * hessian.diagonal().sqrt()).float().view(shape), targets)
     if mask is not None:
         shadow.mask, weight = mask.float(), _refitted(weight, hessian, mask.flatten(1))
     shadow.dense = weight.float().view(shape)
