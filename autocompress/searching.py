@@ -168,6 +168,8 @@ def _told(listener: Listener | None, quiet: bool) -> AbstractContextManager[List
 
 def _lasting(task: Task, epochs: int | None) -> Task:
     """The task with trials of so many epochs, or its own."""
+    if epochs is not None and epochs < 0:
+        raise TargetError(f"epochs {epochs} is not enough: give 0, for no training, or more")
     return task if epochs is None else replace(task, epochs=epochs)
 
 

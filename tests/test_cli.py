@@ -203,6 +203,7 @@ def test_version_and_help() -> None:
         ("search --task tests.mini:task --space nowhere.yaml", "pattern 'conf*' matches no layer"),
         ("search --space noise.yaml", "cannot be read"),
         ("search --budget 0", "budget 0 is not enough"),
+        ("search --epochs -1", "epochs -1 is not enough"),
         ("search --max-size 10XB", "size '10XB' is not understood"),
         ("search --task tests.mini:task --max-size 10B", "the smallest is about"),
         ("search --task tests.mini:task --min-accuracy 95", "minimum accuracy 95 cannot be reached"),
