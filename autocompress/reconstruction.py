@@ -72,7 +72,7 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module) -> None:
     candidate.materialise()
     for name, module in views.in_order(_modules(candidate)):
         if isinstance(module, Norm):
-            _renorm(module, views.of(name))
+            _recalibrate(module, views.of(name))
         else:
             shadow = candidate.layers[name]
             shadow.parameter.copy_(shadow.dense)
@@ -110,6 +110,7 @@ class _Views:
 
     def __init__(self, task: Task, model: nn.Module, original: nn.Module) -> None:
         self.task, self.model, self.original = task, model, original
+        self._known = dict(original.named_modules())
         self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
 
     def in_order(self, modules: Mapping[str, Layer | Norm]) -> list[tuple[str, Layer | Norm]]:
@@ -127,7 +128,7 @@ class _Views:
     def of(self, name: str) -> Iterator[tuple[_Seen, _Seen | None]]:
         """Batch by batch, of the module in the candidate, where it runs, and in the original; None where that has none,
         or one of other channels."""
-        module, other = self.model.get_submodule(name), dict(self.original.named_modules()).get(name)
+        module, other = self.model.get_submodule(name), self._known.get(name)
         for batch in self._read():
             seen = self._see(self.model, module, batch)
             like = self._see(self.original, other, batch) if other is not None else None
@@ -243,7 +244,7 @@ def _damping(fit: _Fit) -> Tensor:
     return torch.clamp(share / (1 - share), min=_DAMPING) * trace / n + torch.finfo(torch.float32).tiny
 
 
-def _renorm(norm: Norm, views: Iterator[tuple[_Seen, _Seen | None]]) -> None:
+def _recalibrate(norm: Norm, views: Iterator[tuple[_Seen, _Seen | None]]) -> None:
     """Statistics by which the channels have the mean and the variance that they have in the original; those of the
     channels where it has others."""
     assert norm.running_mean is not None

@@ -63,7 +63,7 @@ def search(
 
     Raises AutocompressError when anything that was asked for cannot be done; trials that fail do not.
     """
-    given = _lasting(load_task(task) if isinstance(task, str) else task, epochs)
+    given = _with_epochs(load_task(task) if isinstance(task, str) else task, epochs)
     _check_budget(budget, workers)
     check_sampler(sampler)
     seconds = None if time_budget is None else parse_duration(time_budget)
@@ -114,7 +114,7 @@ def resume(
     rules, settings = read_config(folder)
     if task is None and settings["task"] == "custom":
         raise RunError(f"run {str(folder)!r} was started with a Task object: pass task= to resume it")
-    given = _lasting(task or load_task(settings["task"]), settings.get("epochs"))
+    given = _with_epochs(task or load_task(settings["task"]), settings.get("epochs"))
     settings |= {"budget": budget or settings["budget"], "workers": workers or settings["workers"]}
     if budget is not None:
         settings |= {"paced": False, "time_budget_seconds": None}
@@ -166,7 +166,7 @@ def _told(listener: Listener | None, quiet: bool) -> AbstractContextManager[List
     return nullcontext(listener) if listener else LiveView(Console(stderr=True), shown=not quiet)
 
 
-def _lasting(task: Task, epochs: int | None) -> Task:
+def _with_epochs(task: Task, epochs: int | None) -> Task:
     """The task with trials of so many epochs, or its own."""
     if epochs is not None and epochs < 0:
         raise TargetError(f"epochs {epochs} is not enough: give 0, for no training, or more")

@@ -35,8 +35,9 @@ def make_sampler(
     fine-tune."""
     check_sampler(name)
     if name == "frontier":
-        known = base.val_accuracy, seed, max_size_bytes, min_accuracy, base.chance_accuracy
-        return FrontierSampler(profile, budget, *known, trains)
+        return FrontierSampler(
+            profile, budget, base.val_accuracy, seed, max_size_bytes, min_accuracy, base.chance_accuracy, trains
+        )
     if name == "random":
         return RandomSampler(seed=seed)
     constraints = _constraints(max_size_bytes, min_accuracy)
