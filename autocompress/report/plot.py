@@ -163,8 +163,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
 
 
 def plot_trials(front: ParetoFront, trials: Sequence[Trial], path: Path) -> Path:
-    """Every trial of a run, coloured by its number and joined to the parent that it was trained on from. Returns
-    `path`."""
+    """Every trial of a run, coloured by its number and joined to its parent. Returns `path`."""
     known, unit = {trial.number: trial for trial in trials}, _unit(front.base)
     with _picture(path, 8.2, 4.3) as axes:
         for trial in trials:
@@ -185,7 +184,7 @@ def plot_trials(front: ParetoFront, trials: Sequence[Trial], path: Path) -> Path
         _scales(axes, front)
         _leave_out(axes, front.base, trials, "trial")
         axes.figure.colorbar(drawn, ax=axes, label="trial")
-        axes.set_title("every trial, and what it was trained on from", loc="left")
+        axes.set_title("every trial, and its parent", loc="left")
     return path
 
 

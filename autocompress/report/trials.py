@@ -12,7 +12,7 @@ from autocompress.trial import METRICS
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that was finished. parent: the trial that it was trained on from; None: the original."""
+    """A trial that was finished. parent: the trial that it was trained on or planned from; None: the original."""
 
     number: int
     size_bytes: int
