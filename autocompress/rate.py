@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from autocompress.artifact import pack
+from autocompress.artifact import Artifact, pack
 from autocompress.artifact.container import decode_artifact
 from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.techniques.base import IntegerCoding
@@ -58,8 +58,8 @@ class RateModel:
                 self.bits[name] = kept * shadow.coding.bits(shadow.choice)
 
     @torch.no_grad()
-    def calibrate(self) -> None:
-        """Fit the scale of each layer to what the coder spends on its present weights."""
+    def calibrate(self) -> Artifact:
+        """Fit the scale of each layer to what the coder spends on its present weights, which it returns."""
         self.refresh()
         artifact = decode_artifact(pack(self.candidate.weights(), self.candidate.recipe))
         self.fixed_bytes = float(artifact.size_bytes)
@@ -67,6 +67,7 @@ class RateModel:
             spent = artifact.tensors[shadow.key].size_bytes
             self.fixed_bytes -= spent
             self.factors[name] = 8 * spent / max(float(self.bits[name]), 1.0)
+        return artifact
 
     def backpropagate(self, price: Tensor) -> None:
         """Add the gradient of price x log2 of all bits to those of the dense weights. price: float32 scalar."""

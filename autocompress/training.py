@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.biases import Biases
 from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.divergence import divergence
 from autocompress.errors import TaskError
@@ -77,7 +78,8 @@ def fine_tune(
     activations = list(candidate.activations().values())
     made = [technique.term(choice, activations) for technique, choice in candidate.training]
     terms = [term for term in made if term is not None]
-    step, settled = 0, False
+    biases = Biases(candidate, optimizer)
+    step, samples, settled = 0, 0, False
     for epoch in range(1, epochs + 1):
         model.train()
         for batch in task.batches("train"):
@@ -89,6 +91,8 @@ def fine_tune(
                 regrown = _REGROWN * (1 + math.cos(math.pi * progress / _FREEZE)) / 2
                 candidate.set_masks(share=ramp, start=start_sparsity, regrown=regrown)
             last = step + 1 >= total
+            if penalty and step == math.ceil(_RAMP * total):
+                biases.draw(rate.calibrate(), penalty, samples)
             if (progress >= _SETTLE or last) and not settled:
                 settled = True
                 candidate.set_masks()
@@ -99,6 +103,7 @@ def fine_tune(
                 rate.calibrate()
             if penalty and step % _MASK_EVERY == 0:
                 rate.refresh()
+            samples = batch_size(batch)
             batch = to_device(batch, device)
             candidate.materialise(keep_graph=True)
             with ExitStack() as watching:  # until the gradients are there: checkpointed blocks run once more for them
@@ -119,6 +124,7 @@ def fine_tune(
                 rate.backpropagate(scaler.scale(price))
             scaler.step(optimizer)
             scaler.update()
+            biases.prune()
             step += 1
         if not settled and not candidate.regrows:  # as the recipe asks, also before fine-tuning is over
             candidate.set_masks()

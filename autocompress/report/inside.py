@@ -39,16 +39,19 @@ class Part:
 def parts(artifact: Artifact) -> list[Part]:
     """Layers in the order of the file, then vectors and header; their bytes add up to the file."""
     out = []
-    rest = 0
+    rest, zeros, values = 0, 0, 0
     formats: dict[str, None] = {}
     for name, tensor in artifact.tensors.items():
         if tensor.value.ndim < 2:
             rest += tensor.size_bytes
+            zeros += tensor.value.numel() - int(tensor.value.count_nonzero())
+            values += tensor.value.numel()
             if tensor.value.ndim == 1:
                 formats[str(tensor.choice)] = None
             continue
         out.append(_layer(artifact, layer_name(name), tensor))
-    return [*out, Part(VECTORS, rest, ", ".join(formats)), Part(HEADER, artifact.header_bytes)]
+    vectors = Part(VECTORS, rest, ", ".join(formats), zeros=zeros / max(values, 1))
+    return [*out, vectors, Part(HEADER, artifact.header_bytes)]
 
 
 def _layer(artifact: Artifact, name: str, tensor: StoredTensor) -> Part:
@@ -71,7 +74,7 @@ def inside_table(artifact: Artifact, title: str) -> Table:
             part.name,
             part.dimensions,
             ", ".join(filter(None, (part.stored_as, part.also))),
-            f"{100 * part.zeros:.0f}%" if layer else "",
+            f"{100 * part.zeros:.0f}%" if layer or part.zeros else "",
             f"{part.size_bytes:,}",
             f"{part.bits_per_weight:.2f}" if layer else "",
             "█" * math.ceil(BAR * part.size_bytes / artifact.size_bytes),
@@ -99,7 +102,7 @@ def difference_table(one: Artifact, other: Artifact, names: tuple[str, str]) -> 
         table.add_column(name, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for a, b in differences(one, other):
         a, b = a or Part(b.name if b else "", 0), b or Part(a.name if a else "", 0)
-        zeros = [f"{100 * part.zeros:.0f}%" if part.shape else "" for part in (a, b)]
+        zeros = [f"{100 * part.zeros:.0f}%" if part.shape or part.zeros else "" for part in (a, b)]
         table.add_row(
             a.name,
             _both(a.dimensions, b.dimensions),
