@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
-from autocompress.artifact import load
+from autocompress.artifact import read_artifact, unpack
 from autocompress.errors import AutocompressError, ExportError, in_words
 from autocompress.files import write_file
 from autocompress.task import Task, batch_size, is_batched, load_task, measure
@@ -50,11 +50,12 @@ def export(path: str | Path, task: Task | str, output: str | Path) -> Exported:
     kind = FORMATS.get(output.suffix)
     if kind is None:
         raise ExportError(f"cannot export to {str(output)!r}: give a name that ends with {' or '.join(FORMATS)}")
+    artifact = read_artifact(path)
     missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"{kind.name} needs the packages {', '.join(missing)}: pip install {' '.join(missing)}")
     given = load_task(task) if isinstance(task, str) else task
-    model = load(path, given.build())
+    model = unpack(artifact, given.build())
     try:
         program = _program(given, model)
         write_file(output, kind.encode(program))

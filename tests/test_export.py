@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import autocompress as ac
 from autocompress.artifact import pack
 from autocompress.compression import Candidate
-from autocompress.errors import ExportError
+from autocompress.errors import ArtifactError, ExportError
 from autocompress.exporting import FORMATS as KINDS
 from autocompress.recipe import Choice, Recipe
 from autocompress.trial import Workshop
@@ -111,4 +111,6 @@ def test_what_cannot_be_exported_is_told_in_a_sentence(tmp_path: Path, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match="pip install onnx onnxscript onnxruntime"):
         ac.export(path, task, tmp_path / "model.onnx")
+    with pytest.raises(ArtifactError, match=r"nothing\.acz"):
+        ac.export(tmp_path / "nothing.acz", task, tmp_path / "model.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["model.acz"]

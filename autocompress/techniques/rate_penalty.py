@@ -3,7 +3,8 @@
 So half the bits are worth the same at any size: a price that suits a first step suits the last one too.
 Losses without classes are not in nats: theirs counts in shares of what the mean output loses.
 Rate-aware training makes files 2 to 3 times smaller with the same coder (Wiedemann et al., DeepCABAC,
-2019; Oktay et al., Scalable Model Compression, ICLR 2020).
+2019; Oktay et al., Scalable Model Compression, ICLR 2020). Biases that are not
+worth their bits become zero (`autocompress/biases.py`).
 
 Not for float formats, whose rate the estimate takes as constant.
 """
