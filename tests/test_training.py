@@ -111,7 +111,7 @@ def test_a_rate_penalty_makes_the_file_smaller() -> None:
     assert sizes[1] < 0.95 * sizes[0]
 
 
-def test_a_price_of_bits_leaves_a_model_of_floats_alone() -> None:
+def test_a_model_of_floats_may_have_a_price_of_bits() -> None:
     task = small_digits()
     candidate = candidate_of(task, {"1:weights": "float16", "model:rate_penalty": 1})
     assert [*fine_tune(task, candidate, task.build(), 1)] == [1]

@@ -32,6 +32,11 @@ class Part:
         return 8 * self.size_bytes / math.prod(self.shape) if self.shape else 0.0
 
     @property
+    def zeros_in_words(self) -> str:
+        """Percent; empty for a header, and for vectors that have none."""
+        return f"{100 * self.zeros:.0f}%" if self.shape or self.zeros else ""
+
+    @property
     def dimensions(self) -> str:
         return "x".join(map(str, self.shape))
 
@@ -39,12 +44,12 @@ class Part:
 def parts(artifact: Artifact) -> list[Part]:
     """Layers in the order of the file, then vectors and header; their bytes add up to the file."""
     out = []
-    rest, zeros, values = 0, 0, 0
+    rest, zeros, values = 0, 0.0, 0
     formats: dict[str, None] = {}
     for name, tensor in artifact.tensors.items():
         if tensor.value.ndim < 2:
             rest += tensor.size_bytes
-            zeros += tensor.value.numel() - int(tensor.value.count_nonzero())
+            zeros += _zeros(tensor) * tensor.value.numel()
             values += tensor.value.numel()
             if tensor.value.ndim == 1:
                 formats[str(tensor.choice)] = None
@@ -55,10 +60,15 @@ def parts(artifact: Artifact) -> list[Part]:
 
 
 def _layer(artifact: Artifact, name: str, tensor: StoredTensor) -> Part:
-    values = tensor.value.flatten()[:1] if tensor.choice == "constant" else tensor.value
-    zeros = 1 - int(values.count_nonzero()) / max(values.numel(), 1)
     choices = [f"{dimension} {choice}" for site, dimension, choice in artifact.recipe if site == name]
-    return Part(name, tensor.size_bytes, str(tensor.choice), tuple(tensor.value.shape), zeros, ", ".join(choices))
+    shape = tuple(tensor.value.shape)
+    return Part(name, tensor.size_bytes, str(tensor.choice), shape, _zeros(tensor), ", ".join(choices))
+
+
+def _zeros(tensor: StoredTensor) -> float:
+    """Share of its values, 0 to 1. A constant is one value in memory, whatever its shape says."""
+    values = tensor.value.flatten()[:1] if tensor.choice == "constant" else tensor.value
+    return 1 - int(values.count_nonzero()) / max(values.numel(), 1)
 
 
 def inside_table(artifact: Artifact, title: str) -> Table:
@@ -74,7 +84,7 @@ def inside_table(artifact: Artifact, title: str) -> Table:
             part.name,
             part.dimensions,
             ", ".join(filter(None, (part.stored_as, part.also))),
-            f"{100 * part.zeros:.0f}%" if layer or part.zeros else "",
+            part.zeros_in_words,
             f"{part.size_bytes:,}",
             f"{part.bits_per_weight:.2f}" if layer else "",
             "█" * math.ceil(BAR * part.size_bytes / artifact.size_bytes),
@@ -102,12 +112,11 @@ def difference_table(one: Artifact, other: Artifact, names: tuple[str, str]) -> 
         table.add_column(name, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for a, b in differences(one, other):
         a, b = a or Part(b.name if b else "", 0), b or Part(a.name if a else "", 0)
-        zeros = [f"{100 * part.zeros:.0f}%" if part.shape or part.zeros else "" for part in (a, b)]
         table.add_row(
             a.name,
             _both(a.dimensions, b.dimensions),
             _both(a.stored_as, b.stored_as),
-            _both(*zeros),
+            _both(a.zeros_in_words, b.zeros_in_words),
             _both(f"{a.size_bytes:,}", f"{b.size_bytes:,}"),
             f"{b.size_bytes - a.size_bytes:+,}",
         )
