@@ -27,18 +27,20 @@ from autocompress.compression import Candidate, ShadowedLayer, drawn_mask
 from autocompress.hooks import forward_hooks
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
-from autocompress.task import Batch, Task, batch_size, device_of, to_device
+from autocompress.task import Batch, Calibration, Task, batch_size, device_of, first_samples, to_device
 
 _DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that is added to it, at least."""
 _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
-_ROWS = 16
-"""Times its inputs: what a layer is fitted to."""
+_ROWS, _MOST_ROWS = 16, 16_384
+"""What a layer is fitted to: times its inputs, and at most."""
 _ROUNDS = 20
 """Of conjugate gradients."""
 _SAMPLES, _PLACES = 4096, 4096
 """Training samples at most; and values of a channel that its mean and variance are taken of."""
+_FEWEST = 2
+"""Samples at a time: models may take one for none."""
 _RATIO = 1e-4, 1e4
 """By which a variance may change."""
 
@@ -72,11 +74,11 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module) -> None:
     candidate.materialise()
     for name, module in views.in_order(_modules(candidate)):
         if isinstance(module, Norm):
-            _recalibrate(module, views.of(name))
+            _recalibrate(module, views.of(name, _PLACES))
         else:
             shadow = candidate.layers[name]
             shadow.parameter.copy_(shadow.dense)
-            fit = _fit(module, views.of(name))
+            fit = _fit(module, views.of(name, min(_ROWS * shadow.dense[0].numel(), _MOST_ROWS)))
             if fit is not None:
                 _compress(candidate, shadow, module, fit, targets[name])
             shadow.parameter.copy_(shadow.effective())
@@ -105,31 +107,47 @@ class _RanError(Exception):
 
 
 class _Views:
-    """What modules of a candidate and of the original see and say on the first training batches, which are read once,
-    and no more of them than are asked for."""
+    """What modules of a candidate and of the original see and say on the first training batches, which are read once;
+    and no more of them is read, or run, than is asked for."""
 
     def __init__(self, task: Task, model: nn.Module, original: nn.Module) -> None:
         self.task, self.model, self.original = task, model, original
         self._known = dict(original.named_modules())
         self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
+        self._values: dict[str, float] = {}
+        """Of a channel of the module's output, from one sample."""
+        first = Calibration(task, [next(self._read())])
+        self._divisible = first.shortened(model) is not first
 
     def in_order(self, modules: Mapping[str, Layer | Norm]) -> list[tuple[str, Layer | Norm]]:
         """Those that run once, on inputs in batches, as they run."""
         names, runs = {id(module): name for name, module in modules.items()}, Counter[str]()
+        batch = next(self._read())
 
-        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            least = module.weight.ndim if isinstance(module, Layer) else 2
-            runs[names[id(module)]] += 1 if args and args[0].ndim >= least else 2
+        def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            name = names[id(module)]
+            match modules[name]:
+                case Norm(num_features=channels):
+                    least = 2
+                case layer:
+                    channels, least = len(layer.weight), layer.weight.ndim
+            runs[name] += 1 if args and args[0].ndim >= least else 2
+            self._values[name] = output.numel() / channels / batch_size(batch)
 
         with forward_hooks((module, count) for module in modules.values()):
-            self.task.run(self.model, next(self._read()))
+            self.task.run(self.model, batch)
         return [(name, modules[name]) for name, times in runs.items() if times == 1]
 
-    def of(self, name: str) -> Iterator[tuple[_Seen, _Seen | None]]:
+    def of(self, name: str, values: int) -> Iterator[tuple[_Seen, _Seen | None]]:
         """Batch by batch, of the module in the candidate, where it runs, and in the original; None where that has none,
-        or one of other channels."""
+        or one of other channels. values: of each channel, at least, if there are as many."""
         module, other = self.model.get_submodule(name), self._known.get(name)
         for batch in self._read():
+            if values <= 0:
+                return
+            if self._divisible:
+                batch = first_samples(batch, max(_FEWEST, math.ceil(values / self._values[name])))
+            values -= math.floor(batch_size(batch) * self._values[name])
             seen = self._see(self.model, module, batch)
             like = self._see(self.original, other, batch) if other is not None else None
             if seen is not None and len(seen.input):
@@ -165,16 +183,12 @@ def _fit(layer: Layer, views: Iterator[tuple[_Seen, _Seen | None]]) -> _Fit | No
     hessian, pull = (layer.weight.new_zeros(inputs, n, dtype=torch.float64) for n in (inputs, outputs))
     total, lacking, rows = hessian.new_zeros(inputs), hessian.new_zeros(outputs), 0
     for (x, y), like in views:
-        lack = torch.zeros_like(y) if like is None else like.output - y
-        samples = math.ceil((_ROWS * inputs - rows) / max(1, y[0].numel() // outputs))
-        a, d = _rows(layer, x[:samples]).double(), _places(layer, lack[:samples]).double()
+        a, d = _rows(layer, x), _places(layer, torch.zeros_like(y) if like is None else like.output - y)
         hessian += a.T @ a
         pull += a.T @ d
         total += a.sum(0)
         lacking += d.sum(0)
         rows += len(a)
-        if rows >= _ROWS * inputs:
-            break
     if not rows:
         return None
     if layer.bias is not None:
@@ -254,8 +268,6 @@ def _recalibrate(norm: Norm, views: Iterator[tuple[_Seen, _Seen | None]]) -> Non
         own.append(_channels(seen.input))
         known = known and like is not None
         others.append(_channels(like.input) if like is not None else own[-1])
-        if sum(values.shape[1] for values in own) >= _PLACES:
-            break
     if not own:
         return
     (variance, mean), (was, middle) = (torch.var_mean(torch.cat(part, 1), 1) for part in (own, others))

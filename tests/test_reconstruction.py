@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,39 @@ def test_channels_have_the_mean_and_the_variance_that_they_had(tmp_path: Path) -
     was, now = (torch.var_mean(seen[model.norm2], (0, 2, 3)) for model in models)
     torch.testing.assert_close(now, was, rtol=1e-3, atol=1e-3)
     workshop.original.norm2._forward_hooks.clear()
+
+
+def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:
+    """27 inputs want 432 rows; one sample has 64 of them."""
+    layers = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(320, 4, bias=False)
+    batches = [(torch.randn(100, 3, 8, 8), torch.randint(4, (100,))) for _ in range(3)]
+    workshop = workshop_of(Task(nn.Sequential(*layers), batches, batches, batches, epochs=0), tmp_path)
+    ran: list[int] = []
+    candidate = candidate_of(workshop, {"weights": "int3"}, fitted=False)
+    workshop.original[0].register_forward_hook(lambda module, args, output: ran.append(len(output)))
+    reconstruct(workshop.task, candidate, workshop.original)
+    assert ran == [math.ceil(16 * 27 / 64), 100, 100, 100]
+
+
+class Whole(nn.Module):
+    """Runs with batches of 64 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.into(x.view(64, 16)).relu())
+        return out
+
+
+def test_a_model_of_whole_batches_is_fitted_to_whole_batches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(64, 16), torch.randint(4, (64,))) for _ in range(3)]
+    workshop = workshop_of(Task(Whole(), batches, batches, batches, epochs=0), tmp_path)
+    fitted, rounded = (candidate_of(workshop, {"sparsity": 0.5}, fit).model for fit in (True, False))
+    for name in ("into", "head"):
+        assert not torch.equal(getattr(fitted, name).weight, getattr(rounded, name).weight), name
 
 
 class Twice(nn.Module):
