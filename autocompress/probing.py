@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from autocompress.divergence import divergence
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names
+from autocompress.replay import Replay, can_replay
 from autocompress.space import BoundDimension, BoundSpace, without_void
-from autocompress.surgery import assign
-from autocompress.task import Task, batch_size
+from autocompress.surgery import assign, owners
+from autocompress.task import Calibration, Task, batch_size
 from autocompress.techniques.base import coding_of, maskings, structures, trainings
 
 SAMPLE = 4096
@@ -43,6 +45,8 @@ class Prober:
         self.task, self.batches = task, batches
         self.batch_statistics = bool(batches) and batch_size(batches[0]) >= _FEW
         self.references = [self._run(original, batch) for batch in batches]
+        few = Calibration(task, batches).shortened(original).batches[:2]
+        self.can_replay = can_replay(original, few, lambda model, batch: self._run(model, batch)[0])
 
     def on_first(self, count: int) -> Prober:
         """Itself, on so many of its batches."""
@@ -54,11 +58,16 @@ class Prober:
         with torch.no_grad(), _batch_norms(model, self.batch_statistics):
             return self.task.run(model, batch)
 
-    def distance(self, model: nn.Module) -> float:
-        """Mean divergence from the original's outputs; infinite when it is not a number."""
+    def distance(
+        self, model: nn.Module, since: Callable[[int], AbstractContextManager[None]] = lambda at: nullcontext()
+    ) -> float:
+        """Mean divergence from the original's outputs; infinite when it is not a number. since: what the batch at a
+        place is run in."""
         total = 0.0
-        for batch, (reference, target) in zip(self.batches, self.references, strict=True):
-            total += float(divergence(self._run(model, batch)[0], reference, target))
+        for at, (batch, (reference, target)) in enumerate(zip(self.batches, self.references, strict=True)):
+            with since(at):
+                output, _ = self._run(model, batch)
+            total += float(divergence(output, reference, target))
         value = total / max(len(self.batches), 1)
         return max(value, 0.0) if np.isfinite(value) else 1e6  # a divergence of nothing may round to below zero
 
@@ -73,6 +82,7 @@ class Prober:
         progress: told about ten times which share is done.
         """
         candidate.materialise()
+        replay = Replay(candidate.model, lambda: self.can_replay and self._run(candidate.model, self.batches[0]))
         here = self.distance(candidate.model)
         out: dict[str, dict[str, float]] = {}
         present_choices = candidate.recipe.as_dict()
@@ -87,17 +97,21 @@ class Prober:
                 continue
             out[key] = {}
             for choice in choices:
-                rise = 0.0 if choice == present else self._distance_with(candidate, site, dimension, choice) - here
+                rise = (
+                    0.0 if choice == present else self._distance_with(candidate, replay, site, dimension, choice) - here
+                )
                 out[key][str(choice)] = max(0.0, rise)
         return out
 
-    def _distance_with(self, candidate: Candidate, site: str, dimension: str, choice: Choice) -> float:
+    def _distance_with(self, candidate: Candidate, replay: Replay, site: str, dimension: str, choice: Choice) -> float:
         if dimension == "weights" or dimension in maskings():
             shadows = [shadow for shadow in candidate.layers.values() if shadow.site == site]
             for shadow in shadows:
                 shadow.parameter.data.copy_(_stored(shadow, dimension, choice))
+            places = owners(candidate.model)
+            changed = [module for shadow in shadows for module, _ in places[shadow.key]]
             try:
-                return self.distance(candidate.model)
+                return self.distance(candidate.model, partial(replay.since, changed))
             finally:
                 with torch.no_grad():
                     for shadow in shadows:

@@ -17,6 +17,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from torch.nn.functional import pad, unfold
 from autocompress.compression import Candidate, ShadowedLayer, drawn_mask
 from autocompress.hooks import forward_hooks
 from autocompress.recipe import Choice
+from autocompress.replay import Replay, can_replay
 from autocompress.surgery import owners
 from autocompress.task import Batch, Calibration, Task, batch_size, device_of, first_samples, to_device
 
@@ -116,8 +119,11 @@ class _Views:
         self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
         self._values: dict[str, float] = {}
         """Of a channel of the module's output, from one sample."""
-        first = Calibration(task, [next(self._read())])
-        self._divisible = first.shortened(model) is not first
+        first = Calibration(task, [*islice(self._read(), 2)])
+        short = first.shortened(model)
+        self._divisible = short is not first
+        able = can_replay(original, short.batches, lambda model, batch: task.run(model, batch)[0])
+        self._replays = {m: Replay(m, partial(short, m) if able else lambda: None) for m in (model, original)}
 
     def in_order(self, modules: Mapping[str, Layer | Norm]) -> list[tuple[str, Layer | Norm]]:
         """Those that run once, on inputs in batches, as they run."""
@@ -142,25 +148,26 @@ class _Views:
         """Batch by batch, of the module in the candidate, where it runs, and in the original; None where that has none,
         or one of other channels. values: of each channel, at least, if there are as many."""
         module, other = self.model.get_submodule(name), self._known.get(name)
-        for batch in self._read():
+        for at, batch in enumerate(self._read()):
             if values <= 0:
                 return
             if self._divisible:
                 batch = first_samples(batch, max(_FEWEST, math.ceil(values / self._values[name])))
             values -= math.floor(batch_size(batch) * self._values[name])
-            seen = self._see(self.model, module, batch)
-            like = self._see(self.original, other, batch) if other is not None else None
+            seen = self._see(self.model, module, batch, at)
+            like = self._see(self.original, other, batch, at) if other is not None else None
             if seen is not None and len(seen.input):
                 yield seen, like if like is not None and like.output.shape == seen.output.shape else None
 
-    def _see(self, model: nn.Module, module: nn.Module, batch: Batch) -> _Seen | None:
+    def _see(self, model: nn.Module, module: nn.Module, batch: Batch, at: int) -> _Seen | None:
         found: list[_Seen] = []
 
         def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             found.append(_Seen(args[0], output))
             raise _RanError
 
-        with suppress(_RanError), forward_hooks([(module, see)]):
+        replayed = self._replays[model].since([module], (at, batch_size(batch)))
+        with suppress(_RanError), forward_hooks([(module, see)]), replayed:
             self.task.run(model, batch)
         return found[0] if found else None
 

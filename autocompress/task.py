@@ -186,9 +186,9 @@ class Calibration:
         return self.run(model)[0]
 
     def shortened(self, model: nn.Module) -> Calibration:
-        """The first two samples of the first batch, if `model` runs with so few: to look at its structure, not at what
-        it says."""
-        short = Calibration(self.task, [first_samples(self.batches[0], 2)])
+        """The first two samples of the first two batches, if `model` runs with so few: to look at its structure, not at
+        what it says."""
+        short = Calibration(self.task, [first_samples(batch, 2) for batch in self.batches[:2]])
         try:
             with torch.no_grad():
                 short(model)
