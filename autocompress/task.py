@@ -152,6 +152,14 @@ def batch_size(batch: Batch) -> int:
     return 1 if first is None or not first.ndim else len(first)
 
 
+def targets_of_each(batch: Batch) -> int:
+    """Class indices that a sample of an (inputs, target) pair asks for; 1 for any other batch."""
+    target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    if not isinstance(target, Tensor) or target.is_floating_point() or not target.numel():
+        return 1
+    return max(1, target.numel() // batch_size(batch))
+
+
 def batch_count(task: Task) -> int:
     """Batches of the train split, at least 1; read through once where it has no length."""
     source = task.train() if callable(task.train) else task.train

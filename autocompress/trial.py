@@ -39,7 +39,7 @@ from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.reconstruction import reconstruct
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.task import Calibration, Task, batch_count, batch_size, measure, to_device
+from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
 from autocompress.techniques.base import maskings, only_trains
 from autocompress.training import fine_tune, step_costs
 
@@ -49,8 +49,9 @@ ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
     "recipe.json",
     "metrics.json",
 )
-_CALIBRATION = 192
-"""Samples on which choices are probed."""
+_CALIBRATION, _CLASSES, _MOST_WORTH = 192, 32, 24
+"""Samples on which choices are probed. One of many targets, such as a text that is foretold word by word, counts once
+for every so many of them, and so often at most."""
 _PROBED = ("weights", "sparsity", "channels", "structure")
 """Dimensions of bytes, whose next heavier choices are probed after a trial."""
 _FAR = 0.003
@@ -104,12 +105,12 @@ def seed_everything(seed: int) -> None:
 
 
 def calibration_batches(task: Task, device: torch.device) -> Calibration:
-    """The first training batches, until they hold 192 samples."""
+    """The first training batches, until they hold 192 samples, or fewer where each has many targets."""
     seed_everything(0)
     batches, count = [], 0
     for batch in task.batches("train"):
         batches.append(to_device(batch, device))
-        count += batch_size(batch)
+        count += batch_size(batch) * min(max(1, targets_of_each(batch) // _CLASSES), _MOST_WORTH)
         if count >= _CALIBRATION:
             break
     return Calibration(task, batches)

@@ -40,6 +40,15 @@ def calibrated(task: Task) -> Calibration:
     return calibration_batches(task, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("targets", "samples"), [((), 192), ((1,), 192), ((63,), 192), ((128,), 48), ((1024,), 8), ((64, 64), 8)]
+)
+def test_samples_of_many_targets_count_more(targets: tuple[int, ...], samples: int) -> None:
+    batches = [(torch.randn(8, 3), torch.randint(10, (8, *targets))) for _ in range(40)]
+    task = Task(nn.Linear(3, 10), batches, batches, batches)
+    assert sum(len(x) for x, _ in calibrated(task).batches) == samples
+
+
 def test_chance_of_ten_classes() -> None:
     task = small_digits()
     calibration = calibrated(task)
