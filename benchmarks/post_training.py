@@ -1,6 +1,6 @@
 """Compression without training: layers fitted to what the original's say, against the same search that only rounds.
 
-    python -m benchmarks.post_training --data ../shared/data
+    python -m benchmarks.post_training --data ../shared/data [--task digits]
 
 Searches of 50 trials of no epochs, seed 0, each in this process. *rounded*: weights are pruned by magnitude and rounded
 to the nearest, all else is the same. *trained*: the search of `benchmarks.search` that fine-tunes, where there is one.
@@ -38,6 +38,7 @@ TASKS = {
     "lenet_300_100": "benchmarks.tasks:lenet_300_100_short",
     "lenet5": "benchmarks.tasks:lenet5_short",
     "digit_rows": "benchmarks.tasks:digit_rows_short",
+    "shakespeare": "benchmarks.language:shakespeare",
 }
 RESULTS = Path(__file__).parent / "results" / "post_training.json"
 TRAINED = Path(__file__).parent / "results" / "search"
@@ -109,7 +110,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="folder with mnist/")
+    parser.add_argument("--data", help="folder with mnist/ and tinyshakespeare/")
+    parser.add_argument("--task", choices=[*TASKS], action="append")
     parser.add_argument("--markdown", action="store_true", help="only print the table of what was measured")
     given = parser.parse_args()
     if given.data:
@@ -117,7 +119,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for name in () if given.markdown else TASKS:
+    for name in () if given.markdown else given.task or TASKS:
         for fitted in (True, False):
             result = searched(name, fitted)
             results = [r for r in results if (r["task"], r["way"]) != (name, result["way"])] + [result]

@@ -153,7 +153,7 @@ def _pretrain(
     return pretrain
 
 
-def _with_kept_original(task: Task) -> Task:
+def with_kept_original(task: Task) -> Task:
     """The same task, whose original is in benchmarks/originals/, or else is trained once and kept in runs/: by one
     thread, since sums of several are others; so are those of another processor, which trains another original."""
     pretrain, file = task.pretrain, f"{task.name}.safetensors"
@@ -210,13 +210,13 @@ def lenet_300_100() -> Task:
 def lenet_300_100_short() -> Task:
     """As `lenet_300_100`, for many searches: 6,000 images, 4 epochs a trial, the original of benchmarks/originals/."""
     task = _task("lenet_300_100", mnist(), lenet_300_100_net, lambda x: x, 55_000, 10, 6_000, 4, VALIDATION)
-    return _with_kept_original(task)
+    return with_kept_original(task)
 
 
 def lenet_300_100_full() -> Task:
     """MNIST; trials train on all 55,000 images, the original is kept in runs/."""
     task = _task("lenet_300_100_full", mnist(), lenet_300_100_net, lambda x: x, 55_000, 20, 55_000, 6, VALIDATION)
-    return _with_kept_original(task)
+    return with_kept_original(task)
 
 
 class RowReader(nn.Module):
@@ -251,12 +251,12 @@ def wide_rows() -> Task:
 
 def digits_short() -> Task:
     """The built-in `digits`, for many searches: 5 epochs a trial, the original of benchmarks/originals/."""
-    return replace(_with_kept_original(digits()), epochs=5)
+    return replace(with_kept_original(digits()), epochs=5)
 
 
 def digit_rows_short() -> Task:
     """As `digit_rows`, for many searches: 5 epochs a trial, the original of benchmarks/originals/."""
-    return replace(_with_kept_original(digit_rows()), epochs=5)
+    return replace(with_kept_original(digit_rows()), epochs=5)
 
 
 def lenet5() -> Task:
@@ -267,14 +267,14 @@ def lenet5() -> Task:
 def lenet5_full() -> Task:
     """MNIST; trials train on all 55,000 images, the original is kept in runs/."""
     task = _task("lenet5_full", mnist(), lenet5_net, lambda x: x, 55_000, 15, 55_000, 5, VALIDATION)
-    return _with_kept_original(task)
+    return with_kept_original(task)
 
 
 def lenet5_short() -> Task:
     """As `lenet5`, for many searches: 2 epochs of 4,000 images a trial, 2,000 images to validate and to test, and
     an original that is trained once and kept in runs/."""
     task = _task("lenet5", mnist(), lenet5_net, lambda x: x, 55_000, 3, 4_000, 2, 2_000)
-    return _with_kept_original(task)
+    return with_kept_original(task)
 
 
 def _cifar10_full(name: str, model: Callable[[], nn.Module], original_epochs: int, peak: float, epochs: int) -> Task:
@@ -292,7 +292,7 @@ def _cifar10_full(name: str, model: Callable[[], nn.Module], original_epochs: in
         epochs=epochs,
         name=name,
     )
-    return _with_kept_original(task)
+    return with_kept_original(task)
 
 
 def resnet20_full() -> Task:
