@@ -108,6 +108,7 @@ def test_models_that_tell_more_than_their_outputs_are_found_out() -> None:
     assert can_replay(chain(nn.ReLU), batches, run)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_compiled_models_are_left_alone() -> None:
     """Another forward would compile them anew."""
     part, whole = chain(nn.ReLU), chain(nn.ReLU)
