@@ -122,11 +122,13 @@ class Replay:
 
             return call
 
-        with _instead(says.keys() | (runs & front), kept):
-            yield
-        self._said = {key: said for key, said in self._said.items() if key[0] in front or key[1] != batch}
-        while sum(map(_bytes, self._said.values())) > KEPT_BYTES:
-            del self._said[max(self._said, key=lambda key: _bytes(self._said[key]))]
+        try:
+            with _instead(says.keys() | (runs & front), kept):
+                yield
+        finally:
+            self._said = {key: said for key, said in self._said.items() if key[0] in front or key[1] != batch}
+            while sum(map(_bytes, self._said.values())) > KEPT_BYTES:
+                del self._said[max(self._said, key=lambda key: _bytes(self._said[key]))]
 
     def start(self, module: nn.Module) -> int:
         """When it began or, where its parent computes with its weights, that."""

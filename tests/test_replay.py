@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -156,6 +157,10 @@ def test_no_more_is_kept_than_is_allowed_and_the_largest_goes(
         with again.since([model.head], 0):
             assert same(run(model, x), plain)
     assert [layer.ran - before for layer, before in zip(model.children(), ran, strict=True)] == [large, 1, 3]
+    with suppress(KeyError), again.since([model.head], 0):
+        run(model, x)
+        raise KeyError  # the rest need not be run
+    assert {module for module, _ in again._said} <= ({model.small} if large > 1 else {model.large, model.small})
 
 
 def test_outputs_are_kept_as_long_as_someone_looks_at_them() -> None:
