@@ -97,10 +97,8 @@ class Prober:
                 continue
             out[key] = {}
             for choice in choices:
-                rise = (
-                    0.0 if choice == present else self._distance_with(candidate, replay, site, dimension, choice) - here
-                )
-                out[key][str(choice)] = max(0.0, rise)
+                there = here if choice == present else self._distance_with(candidate, replay, site, dimension, choice)
+                out[key][str(choice)] = max(0.0, there - here)
         return out
 
     def _distance_with(self, candidate: Candidate, replay: Replay, site: str, dimension: str, choice: Choice) -> float:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch.nn.functional import pad, unfold
 from autocompress.compression import Candidate, ShadowedLayer, drawn_mask
 from autocompress.hooks import forward_hooks
 from autocompress.recipe import Choice
-from autocompress.replay import Replay, can_replay
+from autocompress.replay import Replay
 from autocompress.surgery import owners
 from autocompress.task import Batch, Calibration, Task, batch_size, device_of, first_samples, to_device
 
@@ -42,8 +41,6 @@ _ROUNDS = 20
 """Of conjugate gradients."""
 _SAMPLES, _PLACES = 4096, 4096
 """Training samples at most; and values of a channel that its mean and variance are taken of."""
-_FEWEST = 2
-"""Samples at a time: models may take one for none."""
 _RATIO = 1e-4, 1e4
 """By which a variance may change."""
 
@@ -71,9 +68,12 @@ class _Fit(NamedTuple):
 
 
 @torch.no_grad()
-def reconstruct(task: Task, candidate: Candidate, original: nn.Module) -> None:
-    """Prune and round the weights of `candidate`, in place, so that its layers say what those of `original` say."""
-    views, targets = _Views(task, candidate.model, original), candidate.targets()
+def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: bool) -> None:
+    """Prune and round the weights of `candidate`, in place, so that its layers say what those of `original` say.
+
+    replays: `can_replay` of the original.
+    """
+    views, targets = _Views(task, candidate.model, original, replays), candidate.targets()
     candidate.materialise()
     for name, module in views.in_order(_modules(candidate)):
         if isinstance(module, Norm):
@@ -113,17 +113,15 @@ class _Views:
     """What modules of a candidate and of the original see and say on the first training batches, which are read once;
     and no more of them is read, or run, than is asked for."""
 
-    def __init__(self, task: Task, model: nn.Module, original: nn.Module) -> None:
+    def __init__(self, task: Task, model: nn.Module, original: nn.Module, replays: bool) -> None:
         self.task, self.model, self.original = task, model, original
         self._known = dict(original.named_modules())
         self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
         self._values: dict[str, float] = {}
         """Of a channel of the module's output, from one sample."""
-        first = Calibration(task, [*islice(self._read(), 2)])
-        short = first.shortened(model)
-        self._divisible = short is not first
-        able = can_replay(original, short.batches, lambda model, batch: task.run(model, batch)[0])
-        self._replays = {m: Replay(m, partial(short, m) if able else lambda: None) for m in (model, original)}
+        short = Calibration(task, [next(self._read())]).shortened(model)
+        self._fewest = batch_size(short.batches[0])
+        self._replays = {m: Replay(m, partial(short, m) if replays else lambda: None) for m in (model, original)}
 
     def in_order(self, modules: Mapping[str, Layer | Norm]) -> list[tuple[str, Layer | Norm]]:
         """Those that run once, on inputs in batches, as they run."""
@@ -151,8 +149,7 @@ class _Views:
         for at, batch in enumerate(self._read()):
             if values <= 0:
                 return
-            if self._divisible:
-                batch = first_samples(batch, max(_FEWEST, math.ceil(values / self._values[name])))
+            batch = first_samples(batch, max(self._fewest, math.ceil(values / self._values[name])))
             values -= math.floor(batch_size(batch) * self._values[name])
             seen = self._see(self.model, module, batch, at)
             like = self._see(self.original, other, batch, at) if other is not None else None

@@ -97,7 +97,7 @@ class Replay:
         def is_live(modules: Modules) -> bool:
             return runs.issuperset(modules & ended)
 
-        front = set[nn.Module]()
+        boundary = set[nn.Module]()
         for module in sorted(ended, key=lambda module: -self._calls[module].ended):
             call = self._calls[module]
             if not is_live(call.within):
@@ -106,7 +106,7 @@ class Replay:
                 says[module] = call.output
                 continue
             if not call.within & ended and any(not use & ended for use in call.uses):
-                front.add(module)
+                boundary.add(module)
             if (module, batch) in self._said:
                 says[module] = self._said[module, batch]
             else:
@@ -123,10 +123,10 @@ class Replay:
             return call
 
         try:
-            with _instead(says.keys() | (runs & front), kept):
+            with _instead(says.keys() | (runs & boundary), kept):
                 yield
         finally:
-            self._said = {key: said for key, said in self._said.items() if key[0] in front or key[1] != batch}
+            self._said = {key: said for key, said in self._said.items() if key[0] in boundary or key[1] != batch}
             while sum(map(_bytes, self._said.values())) > KEPT_BYTES:
                 del self._said[max(self._said, key=lambda key: _bytes(self._said[key]))]
 

@@ -227,7 +227,7 @@ class Workshop:
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
         if not self.task.epochs:
-            reconstruct(self.task, candidate, self.original)
+            reconstruct(self.task, candidate, self.original, self.prober.can_replay)
         learning_rate = self._learning_rate(candidate) if epochs else None
         for epoch in fine_tune(self.task, candidate, self.original, epochs, start, learning_rate, rate):
             halfway = epoch == (epochs + 1) // 2 and epoch < epochs

@@ -38,7 +38,7 @@ def candidate_of(workshop: Workshop, choices: Choices, fitted: bool = True) -> C
     recipe = Recipe.of({f"{layer.name}:{name}": c for layer in workshop.anatomy.layers for name, c in choices.items()})
     candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
     if fitted:
-        reconstruct(workshop.task, candidate, workshop.original)
+        reconstruct(workshop.task, candidate, workshop.original, workshop.prober.can_replay)
     candidate.materialise()
     return candidate
 
@@ -146,8 +146,9 @@ def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:
     workshop = workshop_of(Task(nn.Sequential(*layers), batches, batches, batches, epochs=0), tmp_path)
     ran: list[int] = []
     candidate = candidate_of(workshop, {"weights": "int3"}, fitted=False)
+    replays = workshop.prober.can_replay
     workshop.original[0].register_forward_hook(lambda module, args, output: ran.append(len(output)))
-    reconstruct(workshop.task, candidate, workshop.original)
+    reconstruct(workshop.task, candidate, workshop.original, replays)
     looked_at = 2
     assert [n for n in ran if n > looked_at] == [math.ceil(16 * 27 / 64), 100, 100, 100]
 
