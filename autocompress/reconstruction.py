@@ -149,7 +149,7 @@ class _Views:
         for at, batch in enumerate(self._read()):
             if values <= 0:
                 return
-            batch = first_samples(batch, max(self._fewest, math.ceil(values / self._values[name])))
+            batch = first_samples(batch, max(self._fewest, math.ceil(values / max(self._values[name], 1e-6))))
             values -= math.floor(batch_size(batch) * self._values[name])
             seen = self._see(self.model, module, batch, at)
             like = self._see(self.original, other, batch, at) if other is not None else None

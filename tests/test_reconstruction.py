@@ -153,6 +153,28 @@ def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:
     assert [n for n in ran if n > looked_at] == [math.ceil(16 * 27 / 64), 100, 100, 100]
 
 
+class Routed(nn.Module):
+    """Its second layer is given what begins with a positive number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.expert, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = self.into(x), x[:, 0] > 0
+        out: Tensor = self.head(y.index_add(0, chosen.nonzero()[:, 0], self.expert(y[chosen])))
+        return out
+
+
+def test_a_layer_that_is_given_nothing_at_first_is_fitted_to_what_comes_later(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(64, 16), torch.randint(4, (64,))) for _ in range(3)]
+    batches[0][0][:, 0] = -1
+    workshop = workshop_of(Task(Routed(), batches, batches, batches, epochs=0), tmp_path)
+    fitted, rounded = (candidate_of(workshop, {"sparsity": 0.5}, fit).model for fit in (True, False))
+    assert not torch.equal(fitted.expert.weight, rounded.expert.weight)
+
+
 class Whole(nn.Module):
     """Runs with batches of 64 only."""
 
