@@ -187,7 +187,8 @@ def _fit(layer: Layer, views: Iterator[tuple[_Seen, _Seen | None]]) -> _Fit | No
     hessian, pull = (layer.weight.new_zeros(inputs, n, dtype=torch.float64) for n in (inputs, outputs))
     total, lacking, rows = hessian.new_zeros(inputs), hessian.new_zeros(outputs), 0
     for (x, y), like in views:
-        a, d = _rows(layer, x), _places(layer, torch.zeros_like(y) if like is None else like.output - y)
+        lack = torch.zeros_like(y) if like is None else like.output - y
+        a, d = _rows(layer, x).double(), _places(layer, lack).double()
         hessian += a.T @ a
         pull += a.T @ d
         total += a.sum(0)

@@ -73,6 +73,16 @@ def test_what_stays_of_pruned_outputs_is_the_least_squares_solution(tmp_path: Pa
         np.testing.assert_allclose(row[stays], np.linalg.solve(h[np.ix_(stays, stays)], h[stays] @ whole), atol=1e-4)
 
 
+def test_inputs_far_from_zero_are_no_worse(tmp_path: Path) -> None:
+    """Their mean is taken out of products that are ten orders of magnitude larger than what is left."""
+    x, layer = correlated(384, 24), nn.Linear(24, 7)
+    near, far = (
+        candidate_of(one_layer(tmp_path, layer, x + shift), {"sparsity": 0.5}).model for shift in (0.0, 100_000.0)
+    )
+    assert torch.equal(near[0].weight == 0, far[0].weight == 0)
+    torch.testing.assert_close(far[0].weight, near[0].weight, rtol=0.05, atol=0.01)
+
+
 def test_conjugate_gradients_leave_what_is_asked_for_alone() -> None:
     x = correlated(500, 10).double()
     weight = torch.randn(4, 10, dtype=torch.float64)
