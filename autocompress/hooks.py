@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
-"""(module, inputs, output) -> None, or what is to stand for the output."""
+Hook = Callable[..., Any]
+"""(module, inputs, output), or (module, inputs, named inputs, output), -> None, or what is to stand for the output."""
 
 
 @contextmanager
-def forward_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+def forward_hooks(hooks: Iterable[tuple[nn.Module, Hook]], with_kwargs: bool = False) -> Iterator[None]:
     """Each hook is called after its module ran, until the block ends."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    handles = [module.register_forward_hook(hook, with_kwargs=with_kwargs) for module, hook in hooks]
     try:
         yield
     finally:

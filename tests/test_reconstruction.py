@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import autocompress as ac
 from autocompress.artifact import load
 from autocompress.compression import Candidate
+from autocompress.matrices import Call, Matrix, matrices
 from autocompress.recipe import Recipe
-from autocompress.reconstruction import _damping, _Fit, _refitted, _rows, reconstruct
+from autocompress.reconstruction import _damping, _Fit, _refitted, reconstruct
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
 from autocompress.trial import ARTIFACT, Workshop
@@ -58,8 +59,9 @@ def one_layer(folder: Path, layer: nn.Linear, x: Tensor) -> Workshop:
 
 
 def hessian_of(x: Tensor) -> np.ndarray[Any, Any]:
-    h = (x.T @ x).double()
-    return (h + torch.eye(len(h)) * _damping(_Fit(len(x), h, h, h[0], h[0]))).numpy()
+    h = (x.T @ x).double()[None]
+    damping = _damping(_Fit(torch.tensor([len(x)]), h, h, h[:, 0], h[:, 0]))
+    return (h + torch.eye(h.shape[1]) * damping)[0].numpy()
 
 
 def test_what_stays_of_pruned_outputs_is_the_least_squares_solution(tmp_path: Path) -> None:
@@ -85,9 +87,29 @@ def test_inputs_far_from_zero_are_no_worse(tmp_path: Path) -> None:
 
 def test_conjugate_gradients_leave_what_is_asked_for_alone() -> None:
     x = correlated(500, 10).double()
-    weight = torch.randn(4, 10, dtype=torch.float64)
-    torch.testing.assert_close(_refitted(weight, x.T @ x, torch.ones(4, 10, dtype=torch.bool)), weight)
-    assert _refitted(weight, x.T @ x, torch.zeros(4, 10, dtype=torch.bool)).count_nonzero() == 0
+    weight, products = torch.randn(1, 4, 10, dtype=torch.float64), (x.T @ x)[None]
+    torch.testing.assert_close(_refitted(weight, products, torch.ones(1, 4, 10, dtype=torch.bool)), weight)
+    assert _refitted(weight, products, torch.zeros(1, 4, 10, dtype=torch.bool)).count_nonzero() == 0
+
+
+def calls_of(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Call:
+    """What `module` was given and said when `model` ran."""
+    calls: list[Call] = []
+    handle = module.register_forward_hook(lambda *call: calls.append(Call(*call)), with_kwargs=True)
+    with torch.no_grad():
+        model(*args, **kwargs)
+    handle.remove()
+    (call,) = calls
+    return call
+
+
+def products(call: Call, matrix: Matrix, weight: Tensor) -> list[Tensor]:
+    """What the matrix says, by its rows: group by group, one output after the other."""
+    rows, bias = matrix.rows(call), matrix.bias(call.module)
+    weights = weight.flatten(1).chunk(sum(map(len, rows)))
+    biases = [torch.zeros(len(w)) for w in weights] if bias is None else bias.chunk(len(weights))
+    groups = zip([group for part in rows for group in part], weights, biases, strict=True)
+    return [x @ w.T + b for x, w, b in groups]
 
 
 @pytest.mark.parametrize(
@@ -97,16 +119,67 @@ def test_conjugate_gradients_leave_what_is_asked_for_alone() -> None:
         nn.Conv2d(3, 5, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 0), bias=False),
         nn.Conv2d(3, 5, 3, padding="same", padding_mode="reflect"),
         nn.Conv2d(3, 5, 4, padding="same", padding_mode="circular"),
+        nn.Conv2d(6, 8, 3, groups=2, stride=2),
+        nn.Conv2d(6, 6, 3, groups=6, padding=1),
         nn.Conv1d(3, 5, 3, stride=2, padding=1, dilation=2),
+        nn.Conv1d(4, 6, 3, groups=2, bias=False),
+        nn.Conv3d(4, 6, (1, 3, 2), padding=1, groups=2, dilation=(1, 2, 1)),
         nn.Linear(9, 5),
+        nn.Linear(9, 5, bias=False),
     ],
     ids=str,
 )
-def test_a_layer_is_its_matrix_times_its_rows(layer: Any) -> None:
-    x = torch.randn({nn.Linear: (2, 6, 9), nn.Conv1d: (2, 3, 9), nn.Conv2d: (2, 3, 8, 9)}[type(layer)])
-    product = _rows(layer, x) @ layer.weight.flatten(1).T + (0 if layer.bias is None else layer.bias)
-    said = layer(x) if isinstance(layer, nn.Linear) else layer(x).movedim(1, -1)
-    torch.testing.assert_close(product.view(said.shape), said)
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_layer_is_its_matrix_times_its_rows(layer: Any, batched: bool) -> None:
+    shape = {nn.Linear: (6, 9), nn.Conv1d: (-1, 9), nn.Conv2d: (-1, 8, 9), nn.Conv3d: (-1, 3, 8, 9)}[type(layer)]
+    shape = tuple(layer.in_channels if n == -1 else n for n in shape)
+    call = calls_of(layer, layer, torch.randn((2, *shape) if batched else shape))
+    ((module, matrix),) = matrices(layer).values()
+    assert module is layer
+    said = [group for part in matrix.says(call) for group in part]
+    torch.testing.assert_close(products(call, matrix, layer.weight), said)
+    every = call.output if isinstance(layer, nn.Linear) else call.output.movedim(-layer.weight.ndim + 1, -1)
+    torch.testing.assert_close(torch.cat(said, 1).view(every.shape), every)
+
+
+def attention(**kwargs: Any) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    made = nn.MultiheadAttention(12, 3, **kwargs).eval()
+    for bias in (made.in_proj_bias, made.out_proj.bias):
+        if bias is not None:
+            nn.init.normal_(bias)
+    return made
+
+
+@pytest.mark.parametrize("given", ["itself", "a memory", "keys and values"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"batch_first": True}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 5, "vdim": 7}],
+    ids=str,
+)
+def test_attention_multiplies_what_it_is_given_and_what_its_heads_say(given: str, settings: Any) -> None:
+    """The last matrix is a square one with an inverse: only the heads' own rows give what was said."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(12, 3, **settings).eval()
+    for bias in (module.in_proj_bias, module.out_proj.bias):
+        if bias is not None:
+            nn.init.normal_(bias)
+    query, memory = torch.randn(4, 4, 12), torch.randn(4, 4, 12)
+    inputs = {"itself": [query] * 3, "a memory": [query, memory, memory]}.get(given, [query, memory, -memory])
+    if "kdim" in settings:
+        inputs = [query, memory[..., :5], memory[..., :7]]
+    call = calls_of(module, module, *inputs[:2], value=inputs[2], need_weights=False)
+    known, rows = matrices(module), list[Tensor]()
+    for (owner, attribute), (runs, matrix) in known.items():
+        weight = getattr(owner, attribute)
+        assert runs is module
+        if weight is not None:
+            said = [group for part in matrix.says(call) for group in part]
+            torch.testing.assert_close(products(call, matrix, weight), said)
+            rows += [group for part in matrix.rows(call) for group in part]
+    torch.testing.assert_close(said[0].view(call.output[0].shape), call.output[0])
+    expected = inputs[:1] if given == "itself" and "kdim" not in settings else inputs
+    torch.testing.assert_close(rows[:-1], [x.reshape(-1, x.shape[-1]) for x in expected])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +220,20 @@ def test_channels_have_the_mean_and_the_variance_that_they_had(tmp_path: Path) -
     was, now = (torch.var_mean(seen[model.norm2], (0, 2, 3)) for model in models)
     torch.testing.assert_close(now, was, rtol=1e-3, atol=1e-3)
     workshop.original.norm2._forward_hooks.clear()
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "conv1d", "transformer", "unet"])
+def test_a_model_of_fewer_channels_is_fitted_as_far_as_it_says_the_same(name: str, tmp_path: Path) -> None:
+    workshop = workshop_of(zoo_task(name, epochs=0), tmp_path)
+    choices = {f"{group.name}:channels": 0.5 for group in workshop.anatomy.groups}
+    recipe = Recipe.of({f"{layer.name}:weights": "int4" for layer in workshop.anatomy.layers} | choices)
+    candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
+    before = {name: tensor.clone() for name, tensor in candidate.model.state_dict().items()}
+    reconstruct(workshop.task, candidate, workshop.original, workshop.prober.can_replay)
+    after = candidate.model.state_dict()
+    assert [t.shape for t in after.values()] == [t.shape for t in before.values()]
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert all(tensor.isfinite().all() for tensor in after.values())
 
 
 def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""Weights as matrices: the rows that each multiplies when the model runs, and what it says of them.
+
+Linear layers; convolutions of any dimension and number of groups, whose rows are their windows (im2col, Chellapilla et
+al., 2006); and the projections of `nn.MultiheadAttention`, which computes with its weights itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+
+class Call(NamedTuple):
+    """A run of a module: what went into it and what came out."""
+
+    module: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    output: Any
+
+
+class Matrix(ABC):
+    """A weight [outputs, ...] that falls into groups of equally many outputs; each group multiplies rows of its own.
+
+    Rows, and what is said of them, come as one tensor or more, each for the next groups that see equally many rows:
+    float [groups, rows, inputs] and [groups, rows, outputs of a group].
+    """
+
+    @abstractmethod
+    def rows(self, call: Call) -> list[Tensor]: ...
+
+    @abstractmethod
+    def says(self, call: Call) -> list[Tensor]: ...
+
+    @abstractmethod
+    def bias(self, module: Any) -> Tensor | None:
+        """[outputs], what is added to what the matrix says; itself, not a copy."""
+
+
+def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]]:
+    """(module, attribute) of each weight that is one -> (the module whose runs tell, matrix)."""
+    out: dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            packed = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
+            out |= {(module, name): (module, _IntoAttention(name, parts)) for name, parts in packed.items()}
+            out[module.out_proj, "weight"] = module, _OutOfAttention()
+        elif isinstance(module, nn.Linear):
+            out.setdefault((module, "weight"), (module, _Linear()))
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            out[module, "weight"] = module, _Convolution()
+    return out
+
+
+class _Linear(Matrix):
+    def rows(self, call: Call) -> list[Tensor]:
+        return [_flat(input_of(*call.args, **call.kwargs))]
+
+    def says(self, call: Call) -> list[Tensor]:
+        return [_flat(call.output)]
+
+    def bias(self, module: Any) -> Tensor | None:
+        bias: Tensor | None = module.bias
+        return bias
+
+
+class _Convolution(_Linear):
+    def rows(self, call: Call) -> list[Tensor]:
+        conv = call.module
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = pad(_batched(conv, input_of(*call.args, **call.kwargs)), conv._reversed_padding_repeated_twice, mode)
+        settings = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+        for at, (kernel, dilation, stride) in enumerate(settings, 2):
+            x = x.unfold(at, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+        places = conv.weight.ndim
+        x = _by_group(conv, x)  # [groups, N, channels, *places, *kernel]
+        return [x.movedim(2, places).flatten(places).flatten(1, -2)]
+
+    def says(self, call: Call) -> list[Tensor]:
+        y = _by_group(call.module, _batched(call.module, call.output))
+        return [y.movedim(2, -1).flatten(1, -2)]
+
+
+@dataclass(frozen=True)
+class _IntoAttention(Matrix):
+    """attribute: of the attention. parts: of its inputs (query, key, value), which this one multiplies."""
+
+    attribute: str
+    parts: Sequence[int]
+
+    def rows(self, call: Call) -> list[Tensor]:
+        query, key, value = inputs = _inputs(*call.args, **call.kwargs)
+        return [_flat(query)] if query is key is value else [_flat(inputs[part]) for part in self.parts]
+
+    def says(self, call: Call) -> list[Tensor]:
+        rows, weight, bias = self.rows(call), getattr(call.module, self.attribute), self.bias(call.module)
+        biases = [None] * len(rows) if bias is None else bias.chunk(len(rows))
+        return [linear(x, w, b) for x, w, b in zip(rows, weight.chunk(len(rows)), biases, strict=True)]
+
+    def bias(self, module: Any) -> Tensor | None:
+        if module.in_proj_bias is None:
+            return None
+        width = module.embed_dim
+        bias: Tensor = module.in_proj_bias[width * self.parts[0] : width * (self.parts[-1] + 1)]
+        return bias
+
+
+class _OutOfAttention(Matrix):
+    def rows(self, call: Call) -> list[Tensor]:
+        """What the heads give: the output of an attention whose last projection changes nothing."""
+        bare, last = copy.copy(call.module), copy.copy(call.module.out_proj)
+        eye = torch.eye(bare.embed_dim, dtype=last.weight.dtype, device=last.weight.device)
+        vars(last)["_parameters"] = {"weight": eye, "bias": torch.zeros_like(eye[0])}
+        vars(bare)["_modules"] = {"out_proj": last}
+        return [_flat(type(bare).forward(bare, *call.args, **call.kwargs)[0])]
+
+    def says(self, call: Call) -> list[Tensor]:
+        return [_flat(call.output[0])]
+
+    def bias(self, module: Any) -> Tensor | None:
+        bias: Tensor | None = module.out_proj.bias
+        return bias
+
+
+def input_of(input: Tensor) -> Tensor:
+    """Of a layer or a norm: its only argument."""
+    return input
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query, key, value
+
+
+def _batched(conv: Any, x: Tensor) -> Tensor:
+    """With samples first, if it is of one alone."""
+    return x if x.ndim == conv.weight.ndim else x[None]
+
+
+def _by_group(conv: Any, x: Tensor) -> Tensor:
+    """[N, channels, ...] -> [groups, N, channels of a group, ...]."""
+    return x.reshape(len(x), conv.groups, x.shape[1] // conv.groups, *x.shape[2:]).transpose(0, 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[1, rows, features]: one group."""
+    return x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
