@@ -1,7 +1,7 @@
 """Weights as matrices: the rows that each multiplies when the model runs, and what it says of them.
 
 Linear layers; convolutions of any dimension and number of groups, whose rows are their windows (im2col, Chellapilla et
-al., 2006); and the projections of `nn.MultiheadAttention`, which computes with its weights itself.
+al., 2006); and what computes with its weights itself: `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM` and `nn.GRU`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+from torch.nn.utils.rnn import PackedSequence
+
+from autocompress.nested import leaves, map_leaves
 
 
 class Call(NamedTuple):
@@ -54,6 +58,11 @@ def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, M
             out[module.out_proj, "weight"] = module, _OutOfAttention()
         elif isinstance(module, nn.Linear):
             out.setdefault((module, "weight"), (module, _Linear()))
+        elif isinstance(module, nn.RNNBase) and not module.proj_size:
+            ways = (False, True) if module.bidirectional else (False,)
+            for part, layer, reverse in product(("ih", "hh"), range(module.num_layers), ways):
+                matrix = _Recurrent(part, layer, reverse)
+                out[module, f"weight_{matrix.name}"] = module, matrix
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             out[module, "weight"] = module, _Convolution()
     return out
@@ -129,6 +138,66 @@ class _OutOfAttention(Matrix):
         return bias
 
 
+@dataclass(frozen=True)
+class _Recurrent(Matrix):
+    """Of a layer of an `nn.RNN`, `nn.LSTM` or `nn.GRU`. part: it multiplies what the layer is given ("ih") or what that
+    said one step before ("hh"). reverse: from the last step on."""
+
+    part: str
+    layer: int
+    reverse: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}_l{self.layer}{'_reverse' * self.reverse}"
+
+    def rows(self, call: Call) -> list[Tensor]:
+        rnn, (x, start) = call.module, _sequence(*call.args, **call.kwargs)
+        for layer in range(self.layer):
+            x = _said(rnn, layer, x, start)
+        if self.part == "ih":
+            return [_flat(x.data)]
+        steps = _steps(rnn, _said(rnn, self.layer, x, start), self.reverse)
+        first = torch.zeros_like(steps[0])
+        if start is not None:
+            first = next(leaves(start))[_layers(rnn, self.layer)][int(self.reverse)].reshape(first.shape)
+            if isinstance(x, PackedSequence) and x.sorted_indices is not None:
+                first = first[x.sorted_indices]
+        before = [*steps[1:], first[:0]] if self.reverse else [first, *steps[:-1]]
+        said = [(b[: len(s)], first[len(b) : len(s)]) for b, s in zip(before, steps, strict=True)]
+        return [_flat(torch.cat([part for parts in said for part in parts]))]
+
+    def says(self, call: Call) -> list[Tensor]:
+        weight = getattr(call.module, f"weight_{self.name}")
+        return [linear(x, weight, self.bias(call.module)) for x in self.rows(call)]
+
+    def bias(self, module: Any) -> Tensor | None:
+        bias: Tensor | None = getattr(module, f"bias_{self.name}", None)
+        return bias
+
+
+def _layers(rnn: Any, layer: int) -> slice:
+    """Where the directions of a layer are, of all."""
+    directions = 1 + rnn.bidirectional
+    return slice(layer * directions, (layer + 1) * directions)
+
+
+def _said(rnn: Any, layer: int, x: Any, start: Any) -> Any:
+    """What one layer says of its inputs, a tensor or a `PackedSequence`."""
+    alone, here = copy.copy(rnn), _layers(rnn, layer)
+    weights = [getattr(rnn, name) for names in rnn._all_weights[here] for name in names]
+    vars(alone).update(num_layers=1, input_size=x.data.shape[-1], _flat_weights=weights)
+    return type(rnn).forward(alone, x, map_leaves(start, lambda state: None if state is None else state[here]))[0]
+
+
+def _steps(rnn: Any, said: Any, reverse: bool) -> Sequence[Tensor]:
+    """[sequences, hidden] of every step, of one direction; sequences that have ended are the last."""
+    values: Tensor = said.data.chunk(1 + rnn.bidirectional, -1)[reverse]
+    if isinstance(said, PackedSequence):
+        return torch.split(values, said.batch_sizes.tolist())
+    return values[:, None].unbind(0) if values.ndim == 2 else values.unbind(1 if rnn.batch_first else 0)
+
+
 def input_of(input: Tensor) -> Tensor:
     """Of a layer or a norm: its only argument."""
     return input
@@ -136,6 +205,10 @@ def input_of(input: Tensor) -> Tensor:
 
 def _inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
+
+
+def _sequence(input: Any, hx: Any = None) -> tuple[Any, Any]:
+    return input, hx
 
 
 def _batched(conv: Any, x: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ _DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that is added to it, at least."""
 _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
-_ROWS, _MOST_ROWS = 16, 16_384
-"""What a layer is fitted to: times its inputs, and at most."""
+_ROWS = 16_384
+"""What a layer is fitted to, if there are as many."""
 _ROUNDS = 20
 """Of conjugate gradients."""
 _SAMPLES, _PLACES = 4096, 4096
@@ -82,8 +82,8 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
             case module, Matrix() as matrix:
                 shadow = candidate.layers[name]
                 shadow.parameter.copy_(shadow.dense)
-                bias, values = matrix.bias(module), min(_ROWS * shadow.dense[0].numel(), _MOST_ROWS)
-                fit = _fit(matrix, views.of(module, values), bias is not None)
+                bias = matrix.bias(module)
+                fit = _fit(matrix, views.of(module, _ROWS), bias is not None)
                 if fit is not None:
                     _compress(candidate, shadow, bias, fit, targets[name])
                 shadow.parameter.copy_(shadow.effective())
@@ -126,13 +126,10 @@ class _Views:
         runs, batch = Counter[nn.Module](), next(self._read())
 
         def count(module: Any, args: Any, output: Any) -> None:
-            match module:
-                case nn.MultiheadAttention(embed_dim=channels) | Norm(num_features=channels):
-                    pass
-                case _:
-                    channels = len(module.weight)
+            y = next(leaves(output))
+            channels = y.shape[1] if isinstance(module, Norm | nn.modules.conv._ConvNd) else y.shape[-1]
             runs[module] += 1
-            self._values[module] = next(leaves(output)).numel() / channels / batch_size(batch)
+            self._values[module] = y.numel() / channels / batch_size(batch)
 
         with forward_hooks({part.module: count for part in parts.values()}.items()):
             self.task.run(self.model, batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import rnn as rnn_utils
 
 import autocompress as ac
 from autocompress.artifact import load
 from autocompress.compression import Candidate
 from autocompress.matrices import Call, Matrix, matrices
 from autocompress.recipe import Recipe
-from autocompress.reconstruction import _damping, _Fit, _refitted, reconstruct
+from autocompress.reconstruction import _ROWS, _damping, _Fit, _refitted, reconstruct
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
 from autocompress.trial import ARTIFACT, Workshop
@@ -182,6 +182,57 @@ def test_attention_multiplies_what_it_is_given_and_what_its_heads_say(given: str
     torch.testing.assert_close(rows[:-1], [x.reshape(-1, x.shape[-1]) for x in expected])
 
 
+def by_cells(rnn: Any, layer: int, suffix: str, sequences: list[Tensor], starts: list[Tensor]) -> list[list[Tensor]]:
+    """Of one direction of a layer, by torch's cell of one step: the hidden states before each step of each sequence
+    [T, inputs], and those after it. starts: [1, hidden] of each."""
+    cell = {nn.RNN: nn.RNNCell, nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}[type(rnn)](sequences[0].shape[1], 6)
+    cell.load_state_dict({n: getattr(rnn, f"{n}_l{layer}{suffix}") for n, _ in cell.named_parameters()})
+    found: list[list[Tensor]] = [[], []]
+    for x, h in zip(sequences, starts, strict=True):
+        state: Any = (h, h) if isinstance(rnn, nn.LSTM) else h
+        states = [h]
+        for step in x.flip(0) if suffix else x:
+            state = cell(step[None], state)
+            states.append(state[0] if isinstance(rnn, nn.LSTM) else state)
+        for known, part in zip(found, (states[:-1], states[1:]), strict=True):
+            known.append(torch.cat(part[::-1] if suffix else part))
+    return found
+
+
+@pytest.mark.parametrize("given", ["tensor", "packed", "with states", "packed, with states"])
+@pytest.mark.parametrize("settings", [{}, {"batch_first": True, "num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_multiply_what_they_are_given_and_what_they_said_a_step_before(
+    kind: Any, settings: Any, given: str
+) -> None:
+    torch.manual_seed(0)
+    rnn, first = kind(5, 6, **settings), settings.get("batch_first", False)
+    ways = ["", "_reverse"] if rnn.bidirectional else [""]
+    sequences = [torch.randn(n, 5) for n in ((3, 7, 5) if "packed" in given else (4, 4, 4))]
+    together = rnn_utils.pad_sequence(sequences, first)
+    args: list[Any] = [together]
+    if "packed" in given:
+        args = [rnn_utils.pack_padded_sequence(together, torch.tensor([3, 7, 5]), first, enforce_sorted=False)]
+    h = torch.randn(rnn.num_layers * len(ways), 3, 6) if "states" in given else None
+    if h is not None:
+        args.append((h, h) if kind is nn.LSTM else h)
+    call, known = calls_of(rnn, rnn, *args), {name: matrix for (_, name), (_, matrix) in matrices(rnn).items()}
+    with torch.no_grad():
+        for layer in range(rnn.num_layers):
+            after = []
+            for at, way in enumerate(ways):
+                starts = torch.zeros(3, 1, 6) if h is None else h[layer * len(ways) + at][:, None]
+                before, said = by_cells(rnn, layer, way, sequences, list(starts))
+                after.append(said)
+                for part, expected in (("ih", sequences), ("hh", before)):
+                    matrix, weight = known[f"weight_{part}_l{layer}{way}"], getattr(rnn, f"weight_{part}_l{layer}{way}")
+                    torch.testing.assert_close(products(call, matrix, weight), [matrix.says(call)[0][0]])
+                    (rows,), wanted = matrix.rows(call)[0], torch.cat(expected)
+                    assert rows.shape == wanted.shape
+                    torch.testing.assert_close(rows.T @ rows, wanted.T @ wanted)  # in any order
+            sequences = [torch.cat(parts, 1) for parts in zip(*after, strict=True)]
+
+
 @pytest.mark.parametrize(
     "choices",
     [{"weights": "int3"}, {"weights": "ternary"}, {"sparsity": 0.5}, {"weights": "codebook-8", "sparsity": 0.5}],
@@ -222,7 +273,7 @@ def test_channels_have_the_mean_and_the_variance_that_they_had(tmp_path: Path) -
     workshop.original.norm2._forward_hooks.clear()
 
 
-@pytest.mark.parametrize("name", ["residual", "depthwise", "conv1d", "transformer", "unet"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "conv1d", "transformer", "lstm", "unet"])
 def test_a_model_of_fewer_channels_is_fitted_as_far_as_it_says_the_same(name: str, tmp_path: Path) -> None:
     workshop = workshop_of(zoo_task(name, epochs=0), tmp_path)
     choices = {f"{group.name}:channels": 0.5 for group in workshop.anatomy.groups}
@@ -237,7 +288,7 @@ def test_a_model_of_fewer_channels_is_fitted_as_far_as_it_says_the_same(name: st
 
 
 def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:
-    """27 inputs want 432 rows; one sample has 64 of them."""
+    """One sample has 64 rows of the convolution, and one of the linear layer."""
     layers = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(320, 4, bias=False)
     batches = [(torch.randn(100, 3, 8, 8), torch.randint(4, (100,))) for _ in range(3)]
     workshop = workshop_of(Task(nn.Sequential(*layers), batches, batches, batches, epochs=0), tmp_path)
@@ -247,7 +298,7 @@ def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:
     workshop.original[0].register_forward_hook(lambda module, args, output: ran.append(len(output)))
     reconstruct(workshop.task, candidate, workshop.original, replays)
     looked_at = 2
-    assert [n for n in ran if n > looked_at] == [math.ceil(16 * 27 / 64), 100, 100, 100]
+    assert [n for n in ran if n > looked_at] == [100, 100, _ROWS // 64 - 200, 100, 100, 100]
 
 
 class Routed(nn.Module):
