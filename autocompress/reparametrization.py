@@ -1,8 +1,9 @@
-"""Weights that are computed from others, or kept in another order, made plain ones.
+"""Weights that are computed from others, or kept in another order, made plain ones; and modules plain ones.
 
 What runs is what is compressed: torch's parametrizations (weight_norm, spectral_norm, orthogonal or one's own), the
 older hooks of `weight_norm` and `spectral_norm`, and the masks of `torch.nn.utils.prune` give way to the weights that
-they make; `Conv1D` of transformers (GPT-2), a linear layer whose matrix is transposed, becomes an `nn.Linear`.
+they make; `Conv1D` of transformers (GPT-2), a linear layer whose matrix is transposed, becomes an `nn.Linear`. What
+`torch.compile` has wrapped is unwrapped: it would compile anew for every shape of a layer.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from autocompress.nested import leaves
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """`model`, changed in place, whose tensors are all as they are used in evaluation."""
-    model.eval()
+    """`model`, changed in place, or what was compiled, whose tensors are all as they are used in evaluation."""
+    model = _uncompiled(model).eval()
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             _remove_parametrizations(module)
@@ -36,6 +37,15 @@ def plain(model: nn.Module) -> nn.Module:
             if child in conv1d:
                 setattr(parent, name, conv1d[child])
     return model
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    own: nn.Module = getattr(model, "_orig_mod", model)
+    for module in own.modules():
+        module._compiled_call_impl = None
+        for name, child in module.named_children():
+            setattr(module, name, getattr(child, "_orig_mod", child))
+    return own
 
 
 def _remove_parametrizations(module: nn.Module) -> None:

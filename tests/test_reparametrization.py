@@ -152,3 +152,23 @@ def test_a_model_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
     model.log = (tmp_path / "log").open("w")  # type: ignore[assignment]
     with pytest.raises(TaskError, match=r"the model of task 'custom' cannot be sent to workers \(TypeError: "):
         payload(task_of(nn.Linear(6, 3)), True, model, BoundSpace(()), tmp_path, 0)
+
+
+def test_compiled_models_are_searched_as_what_was_compiled(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 3)
+        return nn.Sequential(*layers)
+
+    whole, part = torch.compile(build(), backend="eager"), build()
+    part[0] = torch.compile(part[0], backend="eager")
+    part[1].compile(backend="eager")
+    assert isinstance(whole, nn.Module)
+    x = torch.randn(5, 6)
+    for model in (whole, part):
+        made = plain(copied(model))
+        assert made.state_dict().keys() == build().state_dict().keys()
+        torch.testing.assert_close(made(x), build()(x))
+        assert not any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in made.modules())
+    assert hasattr(part[0], "_orig_mod")
+    assert part[1]._compiled_call_impl
