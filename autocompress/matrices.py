@@ -47,6 +47,14 @@ class Matrix(ABC):
     def bias(self, module: Any) -> Tensor | None:
         """[outputs], what is added to what the matrix says; itself, not a copy."""
 
+    def grouped(self, weight: Tensor, groups: int) -> Tensor:
+        """[groups, outputs of a group, inputs]."""
+        return weight.reshape(groups, -1, weight[0].numel())
+
+    def restored(self, grouped: Tensor, shape: Sequence[int]) -> Tensor:
+        """The weight, of that shape, that `grouped` was made of."""
+        return grouped.reshape(*shape)
+
 
 def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]]:
     """(module, attribute) of each weight that is one -> (the module whose runs tell, matrix)."""
@@ -65,6 +73,8 @@ def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, M
                 out[module, f"weight_{matrix.name}"] = module, matrix
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             out[module, "weight"] = module, _Convolution()
+        elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            out[module, "weight"] = module, _Transposed()
     return out
 
 
@@ -82,19 +92,37 @@ class _Linear(Matrix):
 
 class _Convolution(_Linear):
     def rows(self, call: Call) -> list[Tensor]:
-        conv = call.module
+        conv, x = call.module, _batched(call.module, input_of(*call.args, **call.kwargs))
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = pad(_batched(conv, input_of(*call.args, **call.kwargs)), conv._reversed_padding_repeated_twice, mode)
-        settings = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
-        for at, (kernel, dilation, stride) in enumerate(settings, 2):
-            x = x.unfold(at, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
-        places = conv.weight.ndim
-        x = _by_group(conv, x)  # [groups, N, channels, *places, *kernel]
-        return [x.movedim(2, places).flatten(places).flatten(1, -2)]
+        x = pad(x, conv._reversed_padding_repeated_twice, mode)
+        return [_by_group(conv, _windows(x, conv.kernel_size, conv.dilation, conv.stride))]
 
     def says(self, call: Call) -> list[Tensor]:
-        y = _by_group(call.module, _batched(call.module, call.output))
-        return [y.movedim(2, -1).flatten(1, -2)]
+        return [_by_group(call.module, _batched(call.module, call.output)[..., None])]
+
+
+class _Transposed(_Convolution):
+    """Windows of the input with zeros in between, as the convolution sees them that does the same with the kernel the
+    other way round. Its weight is [inputs, outputs of a group, *kernel]."""
+
+    def rows(self, call: Call) -> list[Tensor]:
+        conv, x = call.module, _batched(call.module, input_of(*call.args, **call.kwargs))
+        wide = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], conv.stride, strict=True)]
+        apart, padding = x.new_zeros(*x.shape[:2], *wide), list[int]()
+        apart[(slice(None), slice(None), *(slice(None, None, stride) for stride in conv.stride))] = x
+        places = _batched(conv, call.output).shape[2:]
+        settings = zip(places, wide, conv.kernel_size, conv.dilation, conv.padding, strict=True)
+        for out, n, kernel, dilation, cut in settings:
+            padding = [(kernel - 1) * dilation - cut, out + cut - n, *padding]
+        windows = _windows(pad(apart, padding), conv.kernel_size, conv.dilation, [1] * len(conv.stride))
+        return [_by_group(conv, windows.flip(list(range(x.ndim, windows.ndim))))]
+
+    def grouped(self, weight: Tensor, groups: int) -> Tensor:
+        return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(2)
+
+    def restored(self, grouped: Tensor, shape: Sequence[int]) -> Tensor:
+        inputs = shape[0] // len(grouped)
+        return grouped.reshape(len(grouped), shape[1], inputs, *shape[2:]).transpose(1, 2).reshape(*shape)
 
 
 @dataclass(frozen=True)
@@ -198,8 +226,8 @@ def _steps(rnn: Any, said: Any, reverse: bool) -> Sequence[Tensor]:
     return values[:, None].unbind(0) if values.ndim == 2 else values.unbind(1 if rnn.batch_first else 0)
 
 
-def input_of(input: Tensor) -> Tensor:
-    """Of a layer or a norm: its only argument."""
+def input_of(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Of a layer or a norm: its first argument."""
     return input
 
 
@@ -216,9 +244,17 @@ def _batched(conv: Any, x: Tensor) -> Tensor:
     return x if x.ndim == conv.weight.ndim else x[None]
 
 
+def _windows(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """[N, channels, *places, *kernel]."""
+    for at, (size, apart, step) in enumerate(zip(kernel, dilation, stride, strict=True), 2):
+        x = x.unfold(at, (size - 1) * apart + 1, step)[..., ::apart]
+    return x
+
+
 def _by_group(conv: Any, x: Tensor) -> Tensor:
-    """[N, channels, ...] -> [groups, N, channels of a group, ...]."""
-    return x.reshape(len(x), conv.groups, x.shape[1] // conv.groups, *x.shape[2:]).transpose(0, 1)
+    """[N, channels, *places, ...] -> [groups, N * places, channels of a group * ...]."""
+    x = x.reshape(len(x), conv.groups, x.shape[1] // conv.groups, *x.shape[2:]).transpose(0, 1)
+    return x.movedim(2, conv.weight.ndim).flatten(conv.weight.ndim).flatten(1, -2)
 
 
 def _flat(x: Tensor) -> Tensor:

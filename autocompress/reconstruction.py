@@ -85,7 +85,7 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
                 bias = matrix.bias(module)
                 fit = _fit(matrix, views.of(module, _ROWS), bias is not None)
                 if fit is not None:
-                    _compress(candidate, shadow, bias, fit, targets[name])
+                    _compress(candidate, shadow, matrix, bias, fit, targets[name])
                 shadow.parameter.copy_(shadow.effective())
 
 
@@ -94,7 +94,7 @@ def _parts(candidate: Candidate) -> dict[str, _Part]:
     places, known, out = owners(candidate.model), matrices(candidate.model), dict[str, _Part]()
     for name, shadow in candidate.layers.items():
         place, *others = places[shadow.key]
-        if not others and place in known and shadow.dense[0].numel() <= _WIDEST:
+        if not others and place in known and known[place][1].grouped(shadow.dense, 1).shape[-1] <= _WIDEST:
             out[name] = _Part(*known[place])
     for name, module in candidate.model.named_modules():
         if isinstance(module, Norm) and module.running_var is not None:
@@ -202,24 +202,26 @@ def _fit(matrix: Matrix, views: Iterator[tuple[Call, Call | None]], centred: boo
 
 
 def _compress(
-    candidate: Candidate, shadow: ShadowedLayer, bias: Tensor | None, fit: _Fit, targets: Mapping[str, Choice]
+    candidate: Candidate,
+    shadow: ShadowedLayer,
+    matrix: Matrix,
+    bias: Tensor | None,
+    fit: _Fit,
+    targets: Mapping[str, Choice],
 ) -> None:
     """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them."""
-
-    def grouped(weight: Tensor) -> Tensor:
-        return weight.reshape(len(fit.rows), -1, weight[0].numel())
-
-    before, shape = grouped(shadow.dense).double(), shadow.dense.shape
+    groups, shape = len(fit.rows), shadow.dense.shape
+    before = matrix.grouped(shadow.dense, groups).double()
     diagonal = _diagonal(fit.hessian) + _damping(fit)[:, None]
     hessian = fit.hessian.diagonal_scatter(diagonal, dim1=1, dim2=2)
     weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
-    mask = drawn_mask((weight * diagonal.sqrt()[:, None]).float().view(shape), targets)
+    mask = drawn_mask(matrix.restored(weight * diagonal.sqrt()[:, None], shape).float(), targets)
     if mask is not None:
-        shadow.mask, weight = mask.float(), _refitted(weight, hessian, grouped(mask))
-    shadow.dense = weight.float().view(shape)
+        shadow.mask, weight = mask.float(), _refitted(weight, hessian, matrix.grouped(mask, groups))
+    shadow.dense = matrix.restored(weight, shape).float()
     candidate.fit_steps(shadow)
     if bias is not None:
-        moved = grouped(shadow.effective()).double() - before
+        moved = matrix.grouped(shadow.effective(), groups).double() - before
         bias += (fit.lack - (moved @ fit.input[:, :, None])[:, :, 0]).flatten().to(bias.dtype)
 
 

@@ -106,7 +106,8 @@ def calls_of(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> 
 def products(call: Call, matrix: Matrix, weight: Tensor) -> list[Tensor]:
     """What the matrix says, by its rows: group by group, one output after the other."""
     rows, bias = matrix.rows(call), matrix.bias(call.module)
-    weights = weight.flatten(1).chunk(sum(map(len, rows)))
+    weights = matrix.grouped(weight, sum(map(len, rows)))
+    assert torch.equal(matrix.restored(weights, weight.shape), weight)
     biases = [torch.zeros(len(w)) for w in weights] if bias is None else bias.chunk(len(weights))
     groups = zip([group for part in rows for group in part], weights, biases, strict=True)
     return [x @ w.T + b for x, w, b in groups]
@@ -124,6 +125,10 @@ def products(call: Call, matrix: Matrix, weight: Tensor) -> list[Tensor]:
         nn.Conv1d(3, 5, 3, stride=2, padding=1, dilation=2),
         nn.Conv1d(4, 6, 3, groups=2, bias=False),
         nn.Conv3d(4, 6, (1, 3, 2), padding=1, groups=2, dilation=(1, 2, 1)),
+        nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, padding=4, dilation=2, output_padding=1, bias=False),
+        nn.ConvTranspose2d(3, 5, 2, 2),
+        nn.ConvTranspose2d(6, 6, (3, 4), stride=(1, 2), padding=(0, 1), groups=6),
+        nn.ConvTranspose3d(4, 2, (1, 3, 2), padding=(0, 1, 0), stride=(2, 1, 1)),
         nn.Linear(9, 5),
         nn.Linear(9, 5, bias=False),
     ],
@@ -131,8 +136,8 @@ def products(call: Call, matrix: Matrix, weight: Tensor) -> list[Tensor]:
 )
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_layer_is_its_matrix_times_its_rows(layer: Any, batched: bool) -> None:
-    shape = {nn.Linear: (6, 9), nn.Conv1d: (-1, 9), nn.Conv2d: (-1, 8, 9), nn.Conv3d: (-1, 3, 8, 9)}[type(layer)]
-    shape = tuple(layer.in_channels if n == -1 else n for n in shape)
+    places = (6,) if isinstance(layer, nn.Linear) else (3, 8, 9)[5 - layer.weight.ndim :]
+    shape = (6, 9) if isinstance(layer, nn.Linear) else (layer.in_channels, *places)
     call = calls_of(layer, layer, torch.randn((2, *shape) if batched else shape))
     ((module, matrix),) = matrices(layer).values()
     assert module is layer
