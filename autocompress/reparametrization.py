@@ -3,7 +3,8 @@
 What runs is what is compressed: torch's parametrizations (weight_norm, spectral_norm, orthogonal or one's own), the
 older hooks of `weight_norm` and `spectral_norm`, and the masks of `torch.nn.utils.prune` give way to the weights that
 they make; `Conv1D` of transformers (GPT-2), a linear layer whose matrix is transposed, becomes an `nn.Linear`. What
-`torch.compile` has wrapped is unwrapped: it would compile anew for every shape of a layer.
+`torch.compile` has wrapped is unwrapped: it would compile anew for every shape of a layer. `nn.TransformerEncoder`
+does not compute past its modules any more, which in evaluation it does as if they were those it was made with.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ def plain(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             _remove_parametrizations(module)
+        if isinstance(module, nn.TransformerEncoder):
+            module.enable_nested_tensor = module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from autocompress.errors import TaskError
 from autocompress.reparametrization import copied, plain
 from autocompress.space import BoundSpace
 from autocompress.surgery import tensors
-from autocompress.task import check_task
+from autocompress.task import check_task, measure
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 
@@ -172,3 +172,47 @@ def test_compiled_models_are_searched_as_what_was_compiled(tmp_path: Path) -> No
         assert not any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in made.modules())
     assert hasattr(part[0], "_orig_mod")
     assert part[1]._compiled_call_impl
+
+
+class Reader(nn.Module):
+    """torch's own encoder, by its defaults, of texts that are padded with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padded = ids == 0
+        said = self.encoder(self.embed(ids), src_key_padding_mask=padded)
+        out: Tensor = self.head(said.masked_fill(padded[:, :, None], 0).sum(1))
+        return out
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_an_encoder_is_searched_with_padded_texts(epochs: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = Reader().eval(), []
+    for _ in range(3):
+        ids = torch.randint(1, 20, (16, 7))
+        ids[:8, 4:] = 0
+        batches.append((ids, model(ids).argmax(1)))
+    task = ac.Task(model, train=batches, val=batches, test=batches, epochs=epochs)
+    workshop = ac.Workshop.on(task, ac.SearchSpace.named("default"), tmp_path)
+    assert measure(task, workshop.original, "val") == 1
+    chosen = workshop.space.recipe({d.key: d.choices[1] for d in workshop.space if d.name != "precision"})
+    result = workshop.finish(0, chosen)
+    decoded = ac.load(tmp_path / "trials" / "0" / "model.acz", model)
+    assert measure(task, decoded, "val") == result.val_accuracy
+
+
+def test_an_encoder_computes_with_the_activations_that_it_has_by_now() -> None:
+    """By itself it only remembers, in evaluation, that its activation was a ReLU."""
+    torch.manual_seed(0)
+    made, ids = plain(copied(Reader())), torch.randint(1, 20, (4, 7))
+    for layer in made.encoder.layers:
+        layer.activation = nn.Tanh()
+    with_gradient = made(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(made(ids), with_gradient)
