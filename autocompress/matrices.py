@@ -20,6 +20,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from autocompress.nested import leaves, map_leaves
 
+MOST_ROWS = 16_384
+"""Of a convolution in one run: many of its windows are alike."""
+
 
 class Call(NamedTuple):
     """A run of a module: what went into it and what came out."""
@@ -98,7 +101,7 @@ class _Convolution(_Linear):
         return [_by_group(conv, _windows(x, conv.kernel_size, conv.dilation, conv.stride))]
 
     def says(self, call: Call) -> list[Tensor]:
-        return [_by_group(call.module, _batched(call.module, call.output)[..., None])]
+        return [_by_group(call.module, _batched(call.module, call.output))]
 
 
 class _Transposed(_Convolution):
@@ -251,10 +254,18 @@ def _windows(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: 
     return x
 
 
+def by_place(x: Tensor, places: int) -> Tensor:
+    """[N, channels, *places, ...] -> [rows, channels, ...], of `MOST_ROWS` at most, which are drawn at random, but
+    always the same of as many. places: the number of these dimensions."""
+    shape = x.shape[:1] + x.shape[2 : 2 + places]
+    drawn = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(0))[:MOST_ROWS].sort().values
+    return x.movedim(1, 1 + places)[torch.unravel_index(drawn.to(x.device), shape)]
+
+
 def _by_group(conv: Any, x: Tensor) -> Tensor:
-    """[N, channels, *places, ...] -> [groups, N * places, channels of a group * ...]."""
-    x = x.reshape(len(x), conv.groups, x.shape[1] // conv.groups, *x.shape[2:]).transpose(0, 1)
-    return x.movedim(2, conv.weight.ndim).flatten(conv.weight.ndim).flatten(1, -2)
+    """[N, channels, *places, ...] -> [groups, rows, channels of a group * ...]."""
+    x = by_place(x, conv.weight.ndim - 2)
+    return x.reshape(len(x), conv.groups, x[:1].numel() // conv.groups).transpose(0, 1)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from autocompress.compression import Candidate, ShadowedLayer, drawn_mask
 from autocompress.hooks import forward_hooks
-from autocompress.matrices import Call, Matrix, input_of, matrices
+from autocompress.matrices import MOST_ROWS, Call, Matrix, by_place, input_of, matrices
 from autocompress.nested import leaves
 from autocompress.recipe import Choice
 from autocompress.replay import Replay
@@ -36,12 +36,10 @@ _DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that is added to it, at least."""
 _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
-_ROWS = 16_384
-"""What a layer is fitted to, if there are as many."""
 _ROUNDS = 20
 """Of conjugate gradients."""
-_SAMPLES, _PLACES = 4096, 4096
-"""Training samples at most; and values of a channel that its mean and variance are taken of."""
+_FEWEST, _SAMPLES = 64, 4096
+"""Training samples that a layer is fitted to, at least and at most; as many as give `MOST_ROWS` rows."""
 _RATIO = 1e-4, 1e4
 """By which a variance may change."""
 
@@ -78,12 +76,12 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
     for name, part in views.in_order(_parts(candidate)):
         match part:
             case Norm() as norm, None:
-                _recalibrate(norm, views.of(norm, _PLACES))
+                _recalibrate(norm, views.of(norm))
             case module, Matrix() as matrix:
                 shadow = candidate.layers[name]
                 shadow.parameter.copy_(shadow.dense)
                 bias = matrix.bias(module)
-                fit = _fit(matrix, views.of(module, _ROWS), bias is not None)
+                fit = _fit(matrix, views.of(module), bias is not None)
                 if fit is not None:
                     _compress(candidate, shadow, matrix, bias, fit, targets[name])
                 shadow.parameter.copy_(shadow.effective())
@@ -136,15 +134,15 @@ class _Views:
         once = [module for module, times in runs.items() if times == 1]
         return [(name, part) for module in once for name, part in parts.items() if part.module is module]
 
-    def of(self, module: nn.Module, values: int) -> Iterator[tuple[Call, Call | None]]:
+    def of(self, module: nn.Module) -> Iterator[tuple[Call, Call | None]]:
         """Batch by batch, of the module in the candidate, where it runs, and in the original; None where that has none,
-        or one of other channels. values: of each channel, at least, if there are as many."""
-        other = self._other[module]
+        or one of other channels."""
+        other, left = self._other[module], max(_FEWEST, math.ceil(MOST_ROWS / max(self._values[module], 1e-6)))
         for at, batch in enumerate(self._read()):
-            if values <= 0:
+            if left <= 0:
                 return
-            batch = first_samples(batch, max(self._fewest, math.ceil(values / max(self._values[module], 1e-6))))
-            values -= math.floor(batch_size(batch) * self._values[module])
+            batch = first_samples(batch, max(self._fewest, left))
+            left -= batch_size(batch)
             seen = self._see(self.model, module, batch, at)
             like = self._see(self.original, other, batch, at) if other is not None else None
             if seen is not None:
@@ -282,4 +280,5 @@ def _recalibrate(norm: Norm, views: Iterator[tuple[Call, Call | None]]) -> None:
 
 def _channels(call: Call) -> Tensor:
     """float64 [channels, values]: what went in."""
-    return input_of(*call.args, **call.kwargs).transpose(0, 1).flatten(1).double()
+    x = input_of(*call.args, **call.kwargs)
+    return by_place(x, x.ndim - 2).T.double()

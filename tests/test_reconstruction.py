@@ -14,9 +14,9 @@ from torch.nn.utils import rnn as rnn_utils
 import autocompress as ac
 from autocompress.artifact import load
 from autocompress.compression import Candidate
-from autocompress.matrices import Call, Matrix, matrices
+from autocompress.matrices import MOST_ROWS, Call, Matrix, matrices
 from autocompress.recipe import Recipe
-from autocompress.reconstruction import _ROWS, _damping, _Fit, _refitted, reconstruct
+from autocompress.reconstruction import _damping, _Fit, _refitted, reconstruct
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
 from autocompress.trial import ARTIFACT, Workshop
@@ -145,6 +145,17 @@ def test_a_layer_is_its_matrix_times_its_rows(layer: Any, batched: bool) -> None
     torch.testing.assert_close(products(call, matrix, layer.weight), said)
     every = call.output if isinstance(layer, nn.Linear) else call.output.movedim(-layer.weight.ndim + 1, -1)
     torch.testing.assert_close(torch.cat(said, 1).view(every.shape), every)
+
+
+def test_of_many_windows_some_are_drawn() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    call = calls_of(layer, layer, torch.randn(10, 3, 52, 52))
+    ((_, matrix),) = matrices(layer).values()
+    (said,) = matrix.says(call)[0]
+    assert said.shape == (MOST_ROWS, 4)
+    torch.testing.assert_close(products(call, matrix, layer.weight), [said])
+    rest = call.output.movedim(1, -1).reshape(-1, 4).double()
+    torch.testing.assert_close(said.double().mean(0), rest.mean(0), rtol=0.1, atol=0.02)
 
 
 def attention(**kwargs: Any) -> nn.MultiheadAttention:
@@ -303,7 +314,7 @@ def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:
     workshop.original[0].register_forward_hook(lambda module, args, output: ran.append(len(output)))
     reconstruct(workshop.task, candidate, workshop.original, replays)
     looked_at = 2
-    assert [n for n in ran if n > looked_at] == [100, 100, _ROWS // 64 - 200, 100, 100, 100]
+    assert [n for n in ran if n > looked_at] == [100, 100, MOST_ROWS // 64 - 200, 100, 100, 100]
 
 
 class Routed(nn.Module):
