@@ -73,7 +73,10 @@ def _sources() -> bytes:
 
 def _bytes(leaf: Any) -> bytes:
     """Of a tensor, or of whatever else batches are made of."""
-    if isinstance(leaf, Tensor):
+    if isinstance(leaf, Tensor) and leaf.layout == torch.sparse_coo:
+        known = leaf.detach().coalesce()
+        return _bytes(known.indices()) + _bytes(known.values())
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
         data = leaf.detach().cpu().contiguous()
         return f"{data.dtype} {tuple(data.shape)}".encode() + data.flatten().view(torch.uint8).numpy().tobytes()
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from autocompress import probing
 from autocompress.agent.profile_cache import measured_profile
@@ -54,6 +55,29 @@ def test_another_model_sample_or_space_is_measured_again(measurements: list[Work
     measured_profile(workshop(Task(other.model, sample, other.val, other.test, name=other.name)))
     measured_profile(workshop(small_digits(), "layers: {'*': {weights: [float32, int3]}}"))
     assert len(measurements) == 4
+
+
+class Graph(nn.Module):
+    """Of nodes and a sparse matrix of their neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, nodes: Tensor, neighbours: Tensor) -> Tensor:
+        out: Tensor = self.head(neighbours @ self.into(nodes).relu())
+        return out
+
+
+def test_batches_may_hold_sparse_tensors(measurements: list[Workshop]) -> None:
+    torch.manual_seed(0)
+    model, nodes = Graph(), torch.randn(20, 8)
+    for _ in range(2):
+        graphs = [torch.eye(20).to_sparse(), (torch.eye(20) + torch.eye(20).roll(1, 0)).to_sparse()]
+        batches = [((nodes, graph), model(nodes, graph).argmax(1)) for graph in graphs]
+        for given in (batches, batches, batches[::-1]):
+            measured_profile(workshop(Task(model, given, batches, batches)))
+    assert len(measurements) == 2
 
 
 def test_a_broken_file_in_the_cache_is_measured_again(measurements: list[Workshop], tmp_path: Path) -> None:
