@@ -277,3 +277,28 @@ def test_what_makes_no_sense_is_refused(raw: object) -> None:
 def test_zoo_has_a_place_for_each() -> None:
     for choice in CHOICES:
         assert any(sites(workshop_of(zoo_task(name)), choice) for name in ZOO)
+
+
+class Cast(nn.Module):
+    """Computes in the dtype of its weights."""
+
+    def __init__(self, inside: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inside, self.dtype = inside.to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inside(x.to(self.dtype))
+        return out.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("choice", ["lowrank-0.25", "stack-2x0.25"])
+@pytest.mark.parametrize("name", ["mlp", "residual"])
+def test_parts_have_the_dtype_of_the_model(name: str, choice: str, dtype: torch.dtype) -> None:
+    task = zoo_task(name)
+    workshop = workshop_of(Task(Cast(task.build(), dtype), task.train, task.val, task.test, name="cast"))
+    for site in sites(workshop, choice):
+        candidate = candidate_of(workshop, {f"{site}:structure": choice})
+        for made in (candidate, candidate_of(workshop, {f"{site}:structure": choice}, candidate)):
+            assert {p.dtype for p in made.model.parameters()} == {dtype}
+            assert outputs(task, made.model).isfinite().all()
