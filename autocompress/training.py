@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -155,6 +155,13 @@ def _loss(
         drift = divergence(output, reference, target).to(loss.device)
         loss = loss + torch.stack([term.loss(drift) for term in terms]).sum()
     return loss
+
+
+def try_step(run: Calibration, model: nn.Module, autocast: AbstractContextManager[Any]) -> None:
+    """A forward and a backward pass as those of fine-tuning; raises whatever an operation says of such numbers."""
+    with autocast:
+        output, target = run.run(model)
+    torch.autograd.backward(run.task.loss(_float(output), target))
 
 
 def step_costs(candidate: Candidate, calibration: Calibration) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import time
@@ -22,6 +23,7 @@ from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.artifact import pack, read_artifact, unpack
 from autocompress.chance import loss_unit
 from autocompress.compression import Candidate, activation_modules
+from autocompress.errors import in_words
 from autocompress.files import write_file
 from autocompress.memory_format import put_channels_last
 from autocompress.probing import (
@@ -38,10 +40,11 @@ from autocompress.probing import (
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.reconstruction import reconstruct
-from autocompress.space import BoundSpace, SearchSpace
+from autocompress.reparametrization import copied
+from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
-from autocompress.techniques.base import maskings, only_trains
-from autocompress.training import fine_tune, step_costs
+from autocompress.techniques.base import TrainingTechnique, maskings, only_trains, trainings
+from autocompress.training import fine_tune, step_costs, try_step
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
     "model.acz",
@@ -147,6 +150,8 @@ class Workshop:
         self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
         bound = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space
         self.space = bound if task.epochs else BoundSpace(tuple(d for d in bound if not only_trains(d.name)))
+        if isinstance(space, SearchSpace):
+            self.space = BoundSpace(tuple(d for d in map(self._as_far_as_it_runs, self.space) if d))
 
     @cached_property
     def prober(self) -> Prober:
@@ -257,6 +262,28 @@ class Workshop:
         *_, result = self.run(TrialSpec(number, recipe.to_json(), parent))
         assert isinstance(result, TrialResult)
         return result
+
+    def _as_far_as_it_runs(self, dimension: BoundDimension) -> BoundDimension | None:
+        """Without the choices with which the model cannot be trained; None if nothing is left to choose."""
+        technique = trainings().get(dimension.name)
+        if technique is None or type(technique).autocast is TrainingTechnique.autocast:
+            return dimension
+        runs = tuple(choice for choice in dimension.choices if self._trains(technique, choice))
+        return replace(dimension, choices=runs) if runs and runs != (dimension.default,) else None
+
+    def _trains(self, technique: TrainingTechnique, choice: Choice) -> bool:
+        """Whether it can, by one step's forward and backward pass on a copy."""
+        if choice == technique.default:
+            return True
+        model = copied(self.original).train()
+        try:
+            with torch.random.fork_rng():
+                try_step(self.calibration, model, technique.autocast(choice, self.device))
+        except Exception as error:  # whatever an operation of the model's, or its loss, says of other numbers
+            name, said = technique.name, in_words(error)
+            logging.getLogger("autocompress").warning("%s %s is left out: it does not train: %s", name, choice, said)
+            return False
+        return True
 
     def _learning_rate(self, candidate: Candidate) -> float:
         """The task's rate for candidates far from the original, less for those that hardly moved:

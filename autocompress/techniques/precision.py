@@ -3,8 +3,8 @@
 Micikevicius et al., Mixed Precision Training, ICLR 2018. The file is the same kind of file; only the
 speed and the noise of training change.
 
-Not for float16 without CUDA; bfloat16 on a CPU without arithmetic for it only where nothing else is offered: it
-takes up to nine times as long there.
+Not for float16 without CUDA, nor for a model with operations that do not take it; bfloat16 on a CPU without arithmetic
+for it only where nothing else is offered: it takes up to nine times as long there.
 """
 
 from __future__ import annotations

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autocompress.artifact import pack, unpack
 from autocompress.compression import Candidate
 from autocompress.divergence import divergence
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
+from autocompress.space import SearchSpace
 from autocompress.task import Calibration, Task
 from autocompress.techniques.activation_bits import InputQuantizer
 from autocompress.techniques.base import SparseLayer, coding_of, structures, trainings
 from autocompress.techniques.clipping import clip_range
 from autocompress.training import fine_tune, step_costs
+from autocompress.trial import Workshop
 from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 REGROW, EXCHANGE = trainings()["regrow"], trainings()["exchange"]
@@ -298,3 +301,39 @@ def test_bad_choices_are_named() -> None:
     for name, raw in wrong.items():
         with pytest.raises(SpaceError, match=f"choice {raw!r} does not exist"):
             trainings()[name].parse(raw)
+
+
+class Average(nn.Module):
+    """Keeps a mean of its features, in float32: there is no autocast for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x).relu()
+        if self.training:
+            self.mean.lerp_(y.detach().mean(0), 0.1)
+        out: Tensor = self.head(y - self.mean)
+        return out
+
+
+def test_a_precision_with_which_the_model_does_not_train_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    space = SearchSpace.parse(
+        "{layers: {'*': {weights: [int8, int4]}}, model: {precision: [float32, bfloat16], rate_penalty: [0, 1]}}"
+    )
+    offered = dict[str, list[tuple[Choice, ...]]]()
+    for name, model in (("whole", nn.Sequential(nn.Linear(8, 3), nn.Sigmoid())), ("average", Average())):
+        batches = [(torch.randn(8, 8), torch.rand(8, 3)) for _ in range(2)]
+        # which autocast refuses, so it sees float32
+        loss = nn.functional.binary_cross_entropy if name == "whole" else nn.functional.mse_loss
+        task = Task(model, batches, batches, batches, loss=loss, metric=lambda output, target: 1.0)
+        workshop = Workshop.on(task, space, tmp_path)
+        offered[name] = [d.choices for d in workshop.space if d.name == "precision"]
+        assert "rate_penalty" in {d.name for d in workshop.space}
+        assert all(p.grad is None for p in workshop.original.parameters())
+    assert offered == {"whole": [("float32", "bfloat16")], "average": []}
