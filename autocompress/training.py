@@ -157,11 +157,12 @@ def _loss(
     return loss
 
 
-def try_step(run: Calibration, model: nn.Module, autocast: AbstractContextManager[Any]) -> None:
-    """A forward and a backward pass as those of fine-tuning; raises whatever an operation says of such numbers."""
+@torch.no_grad()
+def try_autocast(run: Calibration, model: nn.Module, autocast: AbstractContextManager[Any]) -> None:
+    """A forward pass as those of fine-tuning, and its loss; raises whatever an operation says of such numbers."""
     with autocast:
         output, target = run.run(model)
-    torch.autograd.backward(run.task.loss(_float(output), target))
+    run.task.loss(_float(output), target)
 
 
 def step_costs(candidate: Candidate, calibration: Calibration) -> dict[str, dict[str, float]]:

@@ -44,7 +44,7 @@ from autocompress.reparametrization import copied
 from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
 from autocompress.techniques.base import TrainingTechnique, maskings, only_trains, trainings
-from autocompress.training import fine_tune, step_costs, try_step
+from autocompress.training import fine_tune, step_costs, try_autocast
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
     "model.acz",
@@ -272,13 +272,13 @@ class Workshop:
         return replace(dimension, choices=runs) if runs and runs != (dimension.default,) else None
 
     def _trains(self, technique: TrainingTechnique, choice: Choice) -> bool:
-        """Whether it can, by one step's forward and backward pass on a copy."""
+        """Whether it can, by one forward pass of a copy."""
         if choice == technique.default:
             return True
         model = copied(self.original).train()
         try:
             with torch.random.fork_rng():
-                try_step(self.calibration, model, technique.autocast(choice, self.device))
+                try_autocast(self.calibration, model, technique.autocast(choice, self.device))
         except Exception as error:  # whatever an operation of the model's, or its loss, says of other numbers
             name, said = technique.name, in_words(error)
             logging.getLogger("autocompress").warning("%s %s is left out: it does not train: %s", name, choice, said)
