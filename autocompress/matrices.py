@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -60,25 +60,42 @@ class Matrix(ABC):
 
 
 def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]]:
-    """(module, attribute) of each weight that is one -> (the module whose runs tell, matrix)."""
+    """(module, attribute) of each weight that is one -> (the module whose runs tell, matrix). Not for classes with a
+    forward of their own, which may do anything with their weights."""
     out: dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]] = {}
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            packed = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
-            out |= {(module, name): (module, _IntoAttention(name, parts)) for name, parts in packed.items()}
-            out[module.out_proj, "weight"] = module, _OutOfAttention()
-        elif isinstance(module, nn.Linear):
-            out.setdefault((module, "weight"), (module, _Linear()))
-        elif isinstance(module, nn.RNNBase) and not module.proj_size:
-            ways = (False, True) if module.bidirectional else (False,)
-            for part, layer, reverse in product(("ih", "hh"), range(module.num_layers), ways):
-                matrix = _Recurrent(part, layer, reverse)
-                out[module, f"weight_{matrix.name}"] = module, matrix
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            out[module, "weight"] = module, _Convolution()
-        elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            out[module, "weight"] = module, _Transposed()
+        for (owner, attribute), matrix in _of(module):
+            out.setdefault((owner, attribute), (module, matrix))
     return out
+
+
+def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Matrix]]:
+    """(module, attribute) of each weight, and the matrix that it is when `module` runs."""
+    if _runs_as(module, nn.MultiheadAttention):
+        packed = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
+        for attribute, parts in packed.items():
+            yield (module, attribute), _IntoAttention(attribute, parts)
+        yield (module.out_proj, "weight"), _OutOfAttention()
+    elif _runs_as(module, nn.Linear):
+        yield (module, "weight"), _Linear()
+    elif _runs_as(module, nn.RNN, nn.LSTM, nn.GRU) and not module.proj_size:
+        ways = (False, True) if module.bidirectional else (False,)
+        for part, layer, reverse in product(("ih", "hh"), range(module.num_layers), ways):
+            matrix = _Recurrent(part, layer, reverse)
+            yield (module, f"weight_{matrix.name}"), matrix
+    elif _runs_as(module, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        yield (module, "weight"), _Convolution()
+    elif _runs_as(module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        yield (module, "weight"), _Transposed()
+
+
+def _runs_as(module: Any, *kinds: Any) -> bool:
+    """Whether it is one of them, and runs as they do."""
+    own = type(module)
+    return any(
+        own.forward is kind.forward and getattr(own, "_conv_forward", 0) is getattr(kind, "_conv_forward", 0)
+        for kind in kinds
+    )
 
 
 class _Linear(Matrix):

@@ -383,6 +383,35 @@ def test_layers_that_cannot_be_fitted_are_rounded_to_the_nearest(tmp_path: Path)
     assert not torch.equal(fitted.head.weight, rounded.head.weight)
 
 
+class Same(nn.Conv2d):
+    """Pads by itself, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """Its weights are made even before they are used."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        mean, deviation = weight.mean((1, 2, 3), keepdim=True), weight.std((1, 2, 3), keepdim=True)
+        return super()._conv_forward(input, (weight - mean) / deviation, bias)
+
+
+class Named(nn.Linear):
+    """Without a forward of its own."""
+
+
+def test_layers_with_a_forward_of_their_own_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = Same(3, 8, 3, stride=2), nn.ReLU(), Standardised(8, 8, 3), nn.Flatten(), Named(32, 4)
+    batches = [(torch.randn(64, 3, 8, 8), torch.randint(4, (64,))) for _ in range(3)]
+    workshop = workshop_of(Task(nn.Sequential(*layers), batches, batches, batches, epochs=0), tmp_path)
+    fitted, rounded = (candidate_of(workshop, {"weights": "int3"}, fit).model for fit in (True, False))
+    same = [torch.equal(fitted[at].weight, rounded[at].weight) for at in (0, 2, 4)]
+    assert same == [True, True, False]
+
+
 def test_a_trial_without_training_keeps_most_of_what_rounding_loses(tmp_path: Path) -> None:
     """And does not depend on a parent."""
     task = small_digits(epochs=0)
