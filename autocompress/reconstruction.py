@@ -110,8 +110,9 @@ class _Views:
 
     def __init__(self, task: Task, model: nn.Module, original: nn.Module, replays: bool) -> None:
         self.task, self.model, self.original = task, model, original
-        names, others = {module: name for name, module in model.named_modules()}, dict(original.named_modules())
-        self._other = {module: others.get(name) for module, name in names.items()}
+        others = dict(original.named_modules())
+        self._alike = {m: others[name] for name, m in model.named_modules() if type(others.get(name)) is type(m)}
+        """Module of the candidate -> the original's of the same name and kind."""
         self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
         self._values: dict[nn.Module, float] = {}
         """Of a channel of the module's output, from one sample."""
@@ -135,9 +136,9 @@ class _Views:
         return [(name, part) for module in once for name, part in parts.items() if part.module is module]
 
     def of(self, module: nn.Module) -> Iterator[tuple[Call, Call | None]]:
-        """Batch by batch, of the module in the candidate, where it runs, and in the original; None where that has none,
-        or one of other channels."""
-        other, left = self._other[module], max(_FEWEST, math.ceil(MOST_ROWS / max(self._values[module], 1e-6)))
+        """Batch by batch, of the module in the candidate, where it runs, and in the original; None where that has none
+        like it, or one of other channels."""
+        other, left = self._alike.get(module), max(_FEWEST, math.ceil(MOST_ROWS / max(self._values[module], 1e-6)))
         for at, batch in enumerate(self._read()):
             if left <= 0:
                 return
