@@ -34,6 +34,8 @@ from autocompress.task import Batch, Calibration, Task, batch_size, device_of, f
 
 _DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that is added to it, at least."""
+_ROUND_OFF = 1e-20
+"""Of a Hessian, as a share of its trace before the means were taken out."""
 _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
 _ROUNDS = 20
@@ -178,26 +180,40 @@ class _Views:
 def _fit(matrix: Matrix, views: Iterator[tuple[Call, Call | None]], centred: bool) -> _Fit | None:
     """None if the layer does not run any more, or is given nothing. centred: the means are taken out."""
     sums: list[list[Tensor]] = []
+    origins: list[tuple[Tensor, Tensor]] = []
     for seen, like in views:
-        said, new = matrix.says(seen), []
+        said = matrix.says(seen)
         wanted = said if like is None else matrix.says(like)
-        for x, y, z in zip(matrix.rows(seen), said, wanted, strict=True):
-            a, d = x.double(), (z - y).double()
-            new.append([a.new_full((len(a),), a.shape[1]), a.mT @ a, a.mT @ d, a.sum(1), d.sum(1)])
-        sums = sums or [[torch.zeros_like(n) for n in part] for part in new]
-        for part, more in zip(sums, new, strict=True):
-            for s, n in zip(part, more, strict=True):
-                s += n
+        rows = [(x.double(), (z - y).double()) for x, y, z in zip(matrix.rows(seen), said, wanted, strict=True)]
+        if not sums:
+            sums = [_sums(a[:, :0], d[:, :0]) for a, d in rows]
+            # counted from near their mean: what is left when that is taken out is not round-off
+            origins = [(_origin(a, centred), _origin(d, centred)) for a, d in rows]
+        for part, (a, d), (x, y) in zip(sums, rows, origins, strict=True):
+            for known, more in zip(part, _sums(a - x, d - y), strict=True):
+                known += more
     if not sums:
         return None
-    rows, hessian, pull, total, lacking = map(torch.cat, zip(*sums, strict=True))
-    if not rows.all():
+    count, hessian, pull, total, lacking = map(torch.cat, zip(*sums, strict=True))
+    if not count.all():
         return None
-    input, lack = total / rows[:, None], lacking / rows[:, None]
+    input, lack = total / count[:, None], lacking / count[:, None]
     if centred:
         hessian -= total[:, :, None] * input[:, None]
         pull -= total[:, :, None] * lack[:, None]
-    return _Fit(rows, hessian, pull, input, lack)
+    x, y = (torch.cat(each)[:, 0] for each in zip(*origins, strict=True))
+    return _Fit(count, hessian, pull, input + x, lack + y)
+
+
+def _sums(a: Tensor, d: Tensor) -> list[Tensor]:
+    """Of each group: rows, products of inputs, of inputs and what lacks, sums of both."""
+    return [a.new_full((len(a),), a.shape[1]), a.mT @ a, a.mT @ d, a.sum(1), d.sum(1)]
+
+
+def _origin(values: Tensor, centred: bool) -> Tensor:
+    """[groups, 1, n]."""
+    mean = values.mean(1, keepdim=True)
+    return mean if centred and values.shape[1] else torch.zeros_like(mean)
 
 
 def _compress(
@@ -250,11 +266,12 @@ def _diagonal(hessian: Tensor) -> Tensor:
 
 def _damping(fit: _Fit) -> Tensor:
     """What is added to the diagonal of the Hessians: the fewer rows they were seen in, the more (oracle approximating
-    shrinkage, Chen et al., 2010). float64 [groups]."""
+    shrinkage, Chen et al., 2010), and more than what is left of inputs that never change. float64 [groups]."""
     n, trace, squares = fit.hessian.shape[1], _diagonal(fit.hessian).sum(1), fit.hessian.square().sum((1, 2))
     spread = ((squares - trace.square() / n) * (fit.rows + 1 - 2 / n)).clamp_min(torch.finfo(torch.float64).tiny)
     share = (((1 - 2 / n) * squares + trace.square()) / spread).clamp(0, 0.99)
-    return torch.clamp(share / (1 - share), min=_DAMPING) * trace / n + torch.finfo(torch.float32).tiny
+    noise = _ROUND_OFF * (trace + fit.rows * fit.input.square().sum(1)) + torch.finfo(torch.float32).tiny
+    return torch.clamp(share / (1 - share), min=_DAMPING) * trace / n + noise
 
 
 def _recalibrate(norm: Norm, views: Iterator[tuple[Call, Call | None]]) -> None:

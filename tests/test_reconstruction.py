@@ -85,6 +85,31 @@ def test_inputs_far_from_zero_are_no_worse(tmp_path: Path) -> None:
     torch.testing.assert_close(far[0].weight, near[0].weight, rtol=0.05, atol=0.01)
 
 
+class Constant(nn.Module):
+    """Its head is given the same whatever comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(24, 48), nn.Linear(48, 7)
+        nn.init.zeros_(self.into.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.into(x))
+        return out
+
+
+def test_inputs_that_never_change_move_nothing_but_the_bias(tmp_path: Path) -> None:
+    """What is left of them when their mean is taken out is round-off, of any sign."""
+    torch.manual_seed(0)
+    x, model = correlated(5000, 24), Constant()
+    batches = [(x, torch.zeros(len(x), dtype=torch.long))]
+    workshop = workshop_of(Task(model, batches, batches, batches, epochs=0), tmp_path)
+    fitted = candidate_of(workshop, {"weights": "int3"}).model
+    torch.testing.assert_close(fitted(x), model(x), atol=1e-4, rtol=1e-4)
+    rounded = candidate_of(workshop, {"weights": "int3"}, fitted=False).model
+    torch.testing.assert_close(fitted.head.weight, rounded.head.weight, atol=0.1, rtol=0.1)
+
+
 def test_conjugate_gradients_leave_what_is_asked_for_alone() -> None:
     x = correlated(500, 10).double()
     weight, products = torch.randn(1, 4, 10, dtype=torch.float64), (x.T @ x)[None]
