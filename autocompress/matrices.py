@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from autocompress.nested import leaves, map_leaves
 
 MOST_ROWS = 16_384
-"""Of a convolution in one run: many of its windows are alike."""
+"""That a layer is fitted to; of a convolution, many of whose windows are alike, no more in one run."""
 
 
 class Call(NamedTuple):

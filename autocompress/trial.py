@@ -148,10 +148,10 @@ class Workshop:
         self.calibration = replace(calibration, task=self.task)
         put_channels_last(self.original, self.calibration)  # so of every candidate, which are copies of it
         self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
-        bound = space.bind(self.anatomy) if isinstance(space, SearchSpace) else space
-        self.space = bound if task.epochs else BoundSpace(tuple(d for d in bound if not only_trains(d.name)))
         if isinstance(space, SearchSpace):
-            self.space = BoundSpace(tuple(d for d in map(self._as_far_as_it_runs, self.space) if d))
+            offered = [d for d in space.bind(self.anatomy) if task.epochs or not only_trains(d.name)]
+            space = BoundSpace(tuple(d for d in map(self._as_far_as_it_runs, offered) if d))
+        self.space = space
 
     @cached_property
     def prober(self) -> Prober:

@@ -109,16 +109,14 @@ def factors(module: nn.Module) -> tuple[Layer, Tensor, Tensor, Tensor | None]:
 
 
 def pair(layer: Layer, outputs: int, rank: int, bias: bool, bend: nn.Module | None = None) -> LowRank:
-    """Two untrained layers of the kind and the dtype of `layer`."""
-    into: Layer
-    out: Layer
+    """Two untrained layers of the kind, dtype and device of `layer`."""
     if isinstance(layer, nn.Linear):
-        into, out = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, outputs, bias=bias)
+        made = LowRank(nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, outputs, bias=bias), bend)
     else:
         kind: Any = type(layer)
         same = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-        into, out = kind(layer.in_channels, rank, bias=False, **same), kind(rank, outputs, 1, bias=bias)
-    return LowRank(into, out, bend).to(layer.weight)
+        made = LowRank(kind(layer.in_channels, rank, bias=False, **same), kind(rank, outputs, 1, bias=bias), bend)
+    return made.to(layer.weight)
 
 
 offer(Factorise())
