@@ -25,6 +25,15 @@ def divergence(student: Any, teacher: Any, target: Any = None, temperature: floa
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
 
+def projection(output: Any, target: Any, generator: torch.Generator) -> Tensor:
+    """The same outputs as `divergence` looks at, each relative to its deviation, times random numbers: a scalar tensor,
+    the squares of whose derivatives are, on average, those of all outputs together (Hutchinson, 1990)."""
+    every = [*_outputs(output)]
+    scores = [y for y in every if class_dimension(y, target) is not None]
+    drawn = [(y.float(), torch.randn(y.shape, generator=generator).to(y.device)) for y in scores or every]
+    return sum((torch.div((y * u).sum(), y.detach().std().clamp_min(1e-3)) for y, u in drawn), torch.zeros(()))
+
+
 def class_dimension(output: Tensor, target: Any) -> int | None:
     """The dimension of an output that holds a score for each class; None when it does not, or when targets are not
     class indices.

@@ -1,7 +1,8 @@
 """Weights as matrices: the rows that each multiplies when the model runs, and what it says of them.
 
 Linear layers; convolutions of any dimension and number of groups, whose rows are their windows (im2col, Chellapilla et
-al., 2006); and what computes with its weights itself: `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM` and `nn.GRU`.
+al., 2006); and what computes with its weights itself: `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM`, `nn.GRU` and their
+cells.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Matrix]]:
         for part, layer, reverse in product(("ih", "hh"), range(module.num_layers), ways):
             matrix = _Recurrent(part, layer, reverse)
             yield (module, f"weight_{matrix.name}"), matrix
+    elif _runs_as(module, nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+        for part in ("ih", "hh"):
+            yield (module, f"weight_{part}"), _Cell(part)
     elif _runs_as(module, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         yield (module, "weight"), _Convolution()
     elif _runs_as(module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
@@ -187,11 +191,33 @@ class _OutOfAttention(Matrix):
 
 
 @dataclass(frozen=True)
-class _Recurrent(Matrix):
-    """Of a layer of an `nn.RNN`, `nn.LSTM` or `nn.GRU`. part: it multiplies what the layer is given ("ih") or what that
-    said one step before ("hh"). reverse: from the last step on."""
+class _Cell(Matrix):
+    """Of one step. part: it multiplies what the cell is given ("ih") or what it said one step before ("hh")."""
 
     part: str
+
+    @property
+    def name(self) -> str:
+        return self.part
+
+    def rows(self, call: Call) -> list[Tensor]:
+        x, start = _sequence(*call.args, **call.kwargs)
+        before = torch.zeros_like(next(leaves(call.output))) if start is None else next(leaves(start))
+        return [_flat(x if self.part == "ih" else before)]
+
+    def says(self, call: Call) -> list[Tensor]:
+        weight = getattr(call.module, f"weight_{self.name}")
+        return [linear(x, weight, self.bias(call.module)) for x in self.rows(call)]
+
+    def bias(self, module: Any) -> Tensor | None:
+        bias: Tensor | None = getattr(module, f"bias_{self.name}", None)
+        return bias
+
+
+@dataclass(frozen=True)
+class _Recurrent(_Cell):
+    """Of a layer of an `nn.RNN`, `nn.LSTM` or `nn.GRU`. reverse: from the last step on."""
+
     layer: int
     reverse: bool
 
@@ -214,14 +240,6 @@ class _Recurrent(Matrix):
         before = [*steps[1:], first[:0]] if self.reverse else [first, *steps[:-1]]
         said = [(b[: len(s)], first[len(b) : len(s)]) for b, s in zip(before, steps, strict=True)]
         return [_flat(torch.cat([part for parts in said for part in parts]))]
-
-    def says(self, call: Call) -> list[Tensor]:
-        weight = getattr(call.module, f"weight_{self.name}")
-        return [linear(x, weight, self.bias(call.module)) for x in self.rows(call)]
-
-    def bias(self, module: Any) -> Tensor | None:
-        bias: Tensor | None = getattr(module, f"bias_{self.name}", None)
-        return bias
 
 
 def _layers(rnn: Any, layer: int) -> slice:

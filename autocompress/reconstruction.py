@@ -3,34 +3,32 @@
 Layers are taken in the order in which they run, each with the inputs that the layers before it give by now. Its
 weights are moved to where it says what the original's said (least squares, He et al., ICCV 2017), so each layer makes
 good for the errors of those before. Those go that are smallest times the norm of their input (Wanda, Sun et al., ICLR
-2024), and what stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
+2024) and times what their output is worth (the root of its mean curvature, as in Martens and Grosse, ICML 2015), and
+what stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
 Biases make good for what is left of the mean (Nagel et al., ICCV 2019), and batch norms see to it that each channel has
 the mean and the variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
 
-Not for layers that run more than once, share their weight, have more than 8,192 inputs, or are no matrix
-(`matrices.py`): their weights are pruned by magnitude and rounded to the nearest.
+A layer that runs more than once is fitted to all of its runs. Weights of an embedding go that are smallest times the
+root of how often their row is looked up, and what stays is rounded to the nearest. Other layers that share their
+weight, have more than 8,192 inputs, or are no matrix (`matrices.py`) are pruned by magnitude and rounded likewise.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.compression import Candidate, ShadowedLayer, drawn_mask
-from autocompress.hooks import forward_hooks
-from autocompress.matrices import MOST_ROWS, Call, Matrix, by_place, input_of, matrices
-from autocompress.nested import leaves
+from autocompress.curvature import squared_gradients
+from autocompress.matrices import Call, Matrix, by_place, input_of, matrices
 from autocompress.recipe import Choice
-from autocompress.replay import Replay
 from autocompress.surgery import owners
-from autocompress.task import Batch, Calibration, Task, batch_size, device_of, first_samples, to_device
+from autocompress.task import Task
+from autocompress.views import Views
 
 _DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that is added to it, at least."""
@@ -40,8 +38,13 @@ _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
 _ROUNDS = 20
 """Of conjugate gradients."""
-_FEWEST, _SAMPLES = 64, 4096
-"""Training samples that a layer is fitted to, at least and at most; as many as give `MOST_ROWS` rows."""
+_LOOKUPS = 1_000_000
+"""By which it is told how often the rows of an embedding are used."""
+_BATCHES, _BATCH = 32, 6
+"""By which the curvature is told: batches, and samples in each."""
+_UNSEEN = 0.3
+"""Of the mean times that a row of an embedding is looked up, added to those of each: rows that were not seen will be,
+and an output that shares the weight uses all of them."""
 _RATIO = 1e-4, 1e4
 """By which a variance may change."""
 
@@ -49,7 +52,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 class _Part(NamedTuple):
-    """A layer or a batch norm, by the module whose runs tell of it. matrix: None for a norm."""
+    """A layer or a batch norm, by the module whose runs tell of it. matrix: None for an embedding or a norm."""
 
     module: nn.Module
     matrix: Matrix | None
@@ -73,108 +76,43 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
 
     replays: `can_replay` of the original.
     """
-    views, targets = _Views(task, candidate.model, original, replays), candidate.targets()
+    views, targets, known = Views(task, candidate.model, original, replays), candidate.targets(), _parts(candidate)
+    order = views.in_order({part.module for part in known.values()})
+    parts = [(name, part) for module in order for name, part in known.items() if part.module is module]
+    fitted = {name: candidate.layers[name] for name, part in parts if part.matrix is not None}
+    weights = {name: shadow.parameter for name, shadow in fitted.items()}
+    squares = squared_gradients(task, candidate.model, weights, views.small_batches(_BATCHES, _BATCH))
     candidate.materialise()
-    for name, part in views.in_order(_parts(candidate)):
+    for shadow in fitted.values():
+        shadow.parameter.copy_(shadow.dense)
+    for name, part in parts:
         match part:
             case Norm() as norm, None:
                 _recalibrate(norm, views.of(norm))
+            case table, None:
+                _thin_out(candidate, candidate.layers[name], views.of(table, _LOOKUPS), targets[name])
             case module, Matrix() as matrix:
-                shadow = candidate.layers[name]
-                shadow.parameter.copy_(shadow.dense)
                 bias = matrix.bias(module)
                 fit = _fit(matrix, views.of(module), bias is not None)
                 if fit is not None:
-                    _compress(candidate, shadow, matrix, bias, fit, targets[name])
-                shadow.parameter.copy_(shadow.effective())
+                    _compress(candidate, fitted[name], matrix, bias, fit, squares[name], targets[name])
+                fitted[name].parameter.copy_(fitted[name].effective())
 
 
 def _parts(candidate: Candidate) -> dict[str, _Part]:
-    """Name -> layer that can be fitted, or batch norm."""
+    """Name -> layer that can be fitted, embedding, or batch norm."""
     places, known, out = owners(candidate.model), matrices(candidate.model), dict[str, _Part]()
     for name, shadow in candidate.layers.items():
         place, *others = places[shadow.key]
-        if not others and place in known and known[place][1].grouped(shadow.dense, 1).shape[-1] <= _WIDEST:
+        tables = [module for module, _ in places[shadow.key] if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+        if tables:
+            out[name] = _Part(tables[0], None)
+        elif not others and place in known and known[place][1].grouped(shadow.dense, 1).shape[-1] <= _WIDEST:
             out[name] = _Part(*known[place])
     for name, module in candidate.model.named_modules():
         if isinstance(module, Norm) and module.running_var is not None:
             out[name] = _Part(module, None)
     return out
-
-
-class _RanError(Exception):
-    """A module has run: the rest of the model need not."""
-
-
-class _Views:
-    """What modules of a candidate and of the original see and say on the first training batches, which are read once;
-    and no more of them is read, or run, than is asked for."""
-
-    def __init__(self, task: Task, model: nn.Module, original: nn.Module, replays: bool) -> None:
-        self.task, self.model, self.original = task, model, original
-        others = dict(original.named_modules())
-        self._alike = {m: others[name] for name, m in model.named_modules() if type(others.get(name)) is type(m)}
-        """Module of the candidate -> the original's of the same name and kind."""
-        self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
-        self._values: dict[nn.Module, float] = {}
-        """Of a channel of the module's output, from one sample."""
-        short = Calibration(task, [next(self._read())]).shortened(model)
-        self._fewest = batch_size(short.batches[0])
-        self._replays = {m: Replay(m, partial(short, m) if replays else lambda: None) for m in (model, original)}
-
-    def in_order(self, parts: Mapping[str, _Part]) -> list[tuple[str, _Part]]:
-        """Those that run once, as they run."""
-        runs, batch = Counter[nn.Module](), next(self._read())
-
-        def count(module: Any, args: Any, output: Any) -> None:
-            y = next(leaves(output))
-            channels = y.shape[1] if isinstance(module, Norm | nn.modules.conv._ConvNd) else y.shape[-1]
-            runs[module] += 1
-            self._values[module] = y.numel() / channels / batch_size(batch)
-
-        with forward_hooks({part.module: count for part in parts.values()}.items()):
-            self.task.run(self.model, batch)
-        once = [module for module, times in runs.items() if times == 1]
-        return [(name, part) for module in once for name, part in parts.items() if part.module is module]
-
-    def of(self, module: nn.Module) -> Iterator[tuple[Call, Call | None]]:
-        """Batch by batch, of the module in the candidate, where it runs, and in the original; None where that has none
-        like it, or one of other channels."""
-        other, left = self._alike.get(module), max(_FEWEST, math.ceil(MOST_ROWS / max(self._values[module], 1e-6)))
-        for at, batch in enumerate(self._read()):
-            if left <= 0:
-                return
-            batch = first_samples(batch, max(self._fewest, left))
-            left -= batch_size(batch)
-            seen = self._see(self.model, module, batch, at)
-            like = self._see(self.original, other, batch, at) if other is not None else None
-            if seen is not None:
-                same = like is not None and next(leaves(like.output)).shape == next(leaves(seen.output)).shape
-                yield seen, like if same else None
-
-    def _see(self, model: nn.Module, module: nn.Module, batch: Batch, at: int) -> Call | None:
-        found: list[Call] = []
-
-        def see(*call: Any) -> None:
-            found.append(Call(*call))
-            raise _RanError
-
-        replayed = self._replays[model].since([module], (at, batch_size(batch)))
-        with suppress(_RanError), forward_hooks([(module, see)], with_kwargs=True), replayed:
-            self.task.run(model, batch)
-        return found[0] if found else None
-
-    def _read(self) -> Iterator[Batch]:
-        at = 0
-        while True:
-            if at == len(self._batches):
-                batch = next(self._more, None) if self._samples < _SAMPLES else None
-                if batch is None:
-                    return
-                self._batches.append(to_device(batch, device_of(self.model)))
-                self._samples += batch_size(batch)
-            yield self._batches[at]
-            at += 1
 
 
 def _fit(matrix: Matrix, views: Iterator[tuple[Call, Call | None]], centred: bool) -> _Fit | None:
@@ -222,15 +160,18 @@ def _compress(
     matrix: Matrix,
     bias: Tensor | None,
     fit: _Fit,
+    squares: Tensor,
     targets: Mapping[str, Choice],
 ) -> None:
-    """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them."""
+    """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them.
+    squares: of the gradients of the weights."""
     groups, shape = len(fit.rows), shadow.dense.shape
     before = matrix.grouped(shadow.dense, groups).double()
     diagonal = _diagonal(fit.hessian) + _damping(fit)[:, None]
     hessian = fit.hessian.diagonal_scatter(diagonal, dim1=1, dim2=2)
     weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
-    mask = drawn_mask(matrix.restored(weight * diagonal.sqrt()[:, None], shape).float(), targets)
+    worth = (diagonal[:, None] * _curvature(matrix.grouped(squares, groups).double())).sqrt()
+    mask = drawn_mask(matrix.restored(weight * worth, shape).float(), targets)
     if mask is not None:
         shadow.mask, weight = mask.float(), _refitted(weight, hessian, matrix.grouped(mask, groups))
     shadow.dense = matrix.restored(weight, shape).float()
@@ -238,6 +179,30 @@ def _compress(
     if bias is not None:
         moved = matrix.grouped(shadow.effective(), groups).double() - before
         bias += (fit.lack - (moved @ fit.input[:, :, None])[:, :, 0]).flatten().to(bias.dtype)
+
+
+def _curvature(squares: Tensor) -> Tensor:
+    """Of each output, as a share of the mean. squares: float64 [groups, outputs, inputs]."""
+    curvature = squares.mean(2, keepdim=True)
+    mean = curvature.mean()
+    return curvature / mean + _DAMPING if 0 < mean < math.inf else torch.ones_like(curvature)
+
+
+def _thin_out(
+    candidate: Candidate,
+    shadow: ShadowedLayer,
+    views: Iterator[tuple[Call, Call | None]],
+    targets: Mapping[str, Choice],
+) -> None:
+    """The mask of an embedding, and the steps that go with it."""
+    uses = torch.zeros_like(shadow.dense[:, 0])
+    for seen, _ in views:
+        uses += torch.bincount(input_of(*seen.args, **seen.kwargs).flatten(), minlength=len(uses))
+    mask = drawn_mask(shadow.dense * (uses + _UNSEEN * uses.mean()).sqrt()[:, None], targets)
+    if mask is not None:
+        shadow.mask = mask.float()
+        candidate.fit_steps(shadow)
+        shadow.parameter.copy_(shadow.effective())
 
 
 def _refitted(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:

@@ -176,10 +176,11 @@ def is_batched(leaf: Any, size: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.ndim > 0 and len(leaf) == size
 
 
-def first_samples(batch: Batch, count: int) -> Batch:
-    """`batch` with its first `count` samples, as far as its tensors have a row for each sample."""
+def first_samples(batch: Batch, count: int, skipped: int = 0) -> Batch:
+    """`batch` with its first `count` samples after those that are skipped, as far as its tensors have a row for each
+    sample."""
     size = batch_size(batch)
-    return map_leaves(batch, lambda leaf: leaf[:count] if is_batched(leaf, size) else leaf)
+    return map_leaves(batch, lambda leaf: leaf[skipped : skipped + count] if is_batched(leaf, size) else leaf)
 
 
 @dataclass(frozen=True)
