@@ -3,8 +3,8 @@
 Layers are taken in the order in which they run, each with the inputs that the layers before it give by now. Its
 weights are moved to where it says what the original's said (least squares, He et al., ICCV 2017), so each layer makes
 good for the errors of those before. Those go that are smallest times the norm of their input (Wanda, Sun et al., ICLR
-2024) and times what their output is worth (the root of its mean curvature, as in Martens and Grosse, ICML 2015), and
-what stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
+2024) and times what their output is worth (its curvature, as in Martens and Grosse, ICML 2015, but tempered), and what
+stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
 Biases make good for what is left of the mean (Nagel et al., ICCV 2019), and batch norms see to it that each channel has
 the mean and the variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
 
@@ -42,6 +42,8 @@ _LOOKUPS = 1_000_000
 """By which it is told how often the rows of an embedding are used."""
 _BATCHES, _BATCH = 32, 6
 """By which the curvature is told: batches, and samples in each."""
+_FLOOR = 0.3
+"""Of the mean curvature, added to that of each output: errors that are no longer small are heard, too."""
 _UNSEEN = 0.3
 """Of the mean times that a row of an embedding is looked up, added to those of each: rows that were not seen will be,
 and an output that shares the weight uses all of them."""
@@ -170,8 +172,8 @@ def _compress(
     diagonal = _diagonal(fit.hessian) + _damping(fit)[:, None]
     hessian = fit.hessian.diagonal_scatter(diagonal, dim1=1, dim2=2)
     weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
-    worth = (diagonal[:, None] * _curvature(matrix.grouped(squares, groups).double())).sqrt()
-    mask = drawn_mask(matrix.restored(weight * worth, shape).float(), targets)
+    size = weight * (diagonal[:, None] * _worth(matrix.grouped(squares, groups).double())).sqrt()
+    mask = drawn_mask(matrix.restored(size, shape).float(), targets)
     if mask is not None:
         shadow.mask, weight = mask.float(), _refitted(weight, hessian, matrix.grouped(mask, groups))
     shadow.dense = matrix.restored(weight, shape).float()
@@ -181,11 +183,12 @@ def _compress(
         bias += (fit.lack - (moved @ fit.input[:, :, None])[:, :, 0]).flatten().to(bias.dtype)
 
 
-def _curvature(squares: Tensor) -> Tensor:
-    """Of each output, as a share of the mean. squares: float64 [groups, outputs, inputs]."""
+def _worth(squares: Tensor) -> Tensor:
+    """Of each output, float64 [groups, outputs, 1]: the root of its curvature. squares: of the gradients of its
+    weights, float64 [groups, outputs, inputs]."""
     curvature = squares.mean(2, keepdim=True)
     mean = curvature.mean()
-    return curvature / mean + _DAMPING if 0 < mean < math.inf else torch.ones_like(curvature)
+    return (curvature / mean + _FLOOR).sqrt() if 0 < mean < math.inf else torch.ones_like(curvature)
 
 
 def _thin_out(
