@@ -56,7 +56,17 @@ def importance(criterion: str, graph: ChannelGraph, group: str, run: Calibration
 
 
 def _norm(measure: Callable[[Any], Any]) -> Callable[[ChannelGraph, str, Calibration], Tensor]:
-    return lambda graph, group, run: graph.importance(group, measure)
+    def measured(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
+        own = {parameter: parameter.data for parameter in graph.model.parameters()}
+        try:
+            for parameter, data in own.items():  # distances are not known of all numbers
+                parameter.data = data.to(torch.promote_types(data.dtype, torch.float32))
+            return graph.importance(group, measure)
+        finally:
+            for parameter, data in own.items():
+                parameter.data = data
+
+    return measured
 
 
 def _random(graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
@@ -129,7 +139,7 @@ def _scale(gates: Tensor) -> Hook:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         shape = [1] * output.ndim
         shape[_channel_dimension(module, output)] = len(gates)
-        return output * gates.view(shape)
+        return output * gates.view(shape).to(output.dtype)
 
     return hook
 

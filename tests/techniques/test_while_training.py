@@ -279,6 +279,19 @@ def test_criteria_of_the_loss_find_the_channel_that_it_needs_least(criterion: st
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("criterion", trainings()["importance"].examples())
+def test_every_criterion_ranks_the_channels_of_a_model_of_half_precision(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16()
+    inputs = torch.randn(64, 6).bfloat16()
+    task = Task(model, [(inputs, model(inputs).argmax(1))], [], [])
+    made = structures()["channels"].apply(
+        model, {"0": 5}, Calibration(task, list(task.batches("train"))), {"importance": criterion}
+    )
+    assert made[0].weight.shape == (5, 6)
+    assert made(inputs).dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------ precision
 
 
