@@ -72,28 +72,28 @@ def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, M
 
 def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Matrix]]:
     """(module, attribute) of each weight, and the matrix that it is when `module` runs."""
-    if _runs_as(module, nn.MultiheadAttention):
+    if runs_as(module, nn.MultiheadAttention):
         packed = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
         for attribute, parts in packed.items():
             yield (module, attribute), _IntoAttention(attribute, parts)
         yield (module.out_proj, "weight"), _OutOfAttention()
-    elif _runs_as(module, nn.Linear):
+    elif runs_as(module, nn.Linear):
         yield (module, "weight"), _Linear()
-    elif _runs_as(module, nn.RNN, nn.LSTM, nn.GRU) and not module.proj_size:
+    elif runs_as(module, nn.RNN, nn.LSTM, nn.GRU) and not module.proj_size:
         ways = (False, True) if module.bidirectional else (False,)
         for part, layer, reverse in product(("ih", "hh"), range(module.num_layers), ways):
             matrix = _Recurrent(part, layer, reverse)
             yield (module, f"weight_{matrix.name}"), matrix
-    elif _runs_as(module, nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+    elif runs_as(module, nn.RNNCell, nn.LSTMCell, nn.GRUCell):
         for part in ("ih", "hh"):
             yield (module, f"weight_{part}"), _Cell(part)
-    elif _runs_as(module, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    elif runs_as(module, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         yield (module, "weight"), _Convolution()
-    elif _runs_as(module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    elif runs_as(module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         yield (module, "weight"), _Transposed()
 
 
-def _runs_as(module: Any, *kinds: Any) -> bool:
+def runs_as(module: Any, *kinds: Any) -> bool:
     """Whether it is one of them, and runs as they do."""
     own = type(module)
     return any(

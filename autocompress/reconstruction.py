@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from autocompress.compression import Candidate, ShadowedLayer, drawn_mask
 from autocompress.curvature import squared_gradients
-from autocompress.matrices import Call, Matrix, by_place, input_of, matrices
+from autocompress.matrices import Call, Matrix, by_place, input_of, matrices, runs_as
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
 from autocompress.task import Task
@@ -106,7 +106,7 @@ def _parts(candidate: Candidate) -> dict[str, _Part]:
     places, known, out = owners(candidate.model), matrices(candidate.model), dict[str, _Part]()
     for name, shadow in candidate.layers.items():
         place, *others = places[shadow.key]
-        tables = [module for module, _ in places[shadow.key] if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+        tables = [module for module, _ in places[shadow.key] if runs_as(module, nn.Embedding, nn.EmbeddingBag)]
         if tables:
             out[name] = _Part(tables[0], None)
         elif not others and place in known and known[place][1].grouped(shadow.dense, 1).shape[-1] <= _WIDEST:

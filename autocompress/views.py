@@ -38,7 +38,7 @@ class Views:
         """Module of the candidate -> the original's of the same name and kind."""
         self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
         self._runs, self._values = Counter[nn.Module](), Counter[nn.Module]()
-        """Of a channel of all outputs of the module, from one sample."""
+        """Of the module, and of a channel of all its outputs, from one sample."""
         short = Calibration(task, [next(self._read())]).shortened(model)
         self._fewest = batch_size(short.batches[0])
         self._replays = {m: Replay(m, partial(short, m) if replays else lambda: None) for m in (model, original)}

@@ -370,6 +370,24 @@ def test_rows_of_an_embedding_that_are_looked_up_often_keep_more_weights(tied: b
     assert kept[10:].any(), "what is seldom seen is not what is never seen"
 
 
+class Places(nn.Embedding):
+    """Is given a mask, not places (OPT's learned positions)."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return super().forward((mask.cumsum(1) * mask).long())
+
+
+def test_tables_with_a_forward_of_their_own_are_pruned_by_magnitude(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.rand(64, 9), torch.zeros(64, dtype=torch.long))]
+    model = nn.Sequential(Places(50, 16), nn.Flatten(), nn.Linear(144, 4))
+    workshop = workshop_of(Task(model, batches, batches, batches, epochs=0), tmp_path)
+    table = candidate_of(workshop, {"sparsity": 0.5}).model[0].weight
+    gone = model[0].weight[table == 0].abs()
+    assert len(gone) == table.numel() // 2
+    assert gone.max() <= table[table != 0].abs().min()
+
+
 class Weighed(nn.Module):
     """Of the outputs of its first layer the second half counts for a tenth."""
 
