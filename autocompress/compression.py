@@ -248,9 +248,13 @@ class Candidate:
 
 def drawn_mask(weight: Tensor, targets: Mapping[str, Choice]) -> Tensor | None:
     """Bool, shape of `weight`: what stays of it; None if nothing is asked. targets: masking's dimension -> choice."""
-    asked = [(masking, targets[name]) for name, masking in maskings().items() if targets[name] != masking.default]
-    masks = [masking.mask(weight, choice) for masking, choice in asked]
+    masks = [masking.mask(weight, choice) for masking, choice in asked(targets)]
     return functools.reduce(torch.logical_and, masks) if masks else None
+
+
+def asked(targets: Mapping[str, Choice]) -> list[tuple[Masking, Choice]]:
+    """The maskings that are asked for something."""
+    return [(masking, targets[name]) for name, masking in maskings().items() if targets[name] != masking.default]
 
 
 def activation_modules(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:

@@ -17,6 +17,8 @@ def squared_gradients(
     """Name -> float32, shape of the weight: squares of the derivatives of what `model` says about each batch, all
     outputs and batches together. weights: some of its parameters. All alike where they cannot be told: of a model that
     cannot be differentiated."""
+    if not weights:
+        return {}
     generator, ones = torch.Generator().manual_seed(0), {name: torch.ones_like(w) for name, w in weights.items()}
     for weight in weights.values():
         weight.requires_grad_()

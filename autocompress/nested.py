@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+from torch import Tensor
+
 
 def leaves(value: Any) -> Iterator[Any]:
     """Whatever is in the tuples, lists and mappings of a batch or an output, in their order."""
@@ -27,3 +29,9 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
         items = [map_leaves(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return change(value)
+
+
+def cloned(value: Any) -> Any:
+    """`value` with its tensors cloned, for what comes next may compute in place; what was one tensor stays one."""
+    copies = {id(leaf): leaf.clone() for leaf in leaves(value) if isinstance(leaf, Tensor)}
+    return map_leaves(value, lambda leaf: copies.get(id(leaf), leaf))

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autocompress.compression import Candidate, ShadowedLayer, drawn_mask
+from autocompress.compression import Candidate, ShadowedLayer, asked, drawn_mask
 from autocompress.curvature import squared_gradients
 from autocompress.matrices import Call, Matrix, by_place, input_of, matrices, runs_as
 from autocompress.recipe import Choice
@@ -82,7 +82,7 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
     order = views.in_order({part.module for part in known.values()})
     parts = [(name, part) for module in order for name, part in known.items() if part.module is module]
     fitted = {name: candidate.layers[name] for name, part in parts if part.matrix is not None}
-    weights = {name: shadow.parameter for name, shadow in fitted.items()}
+    weights = {name: shadow.parameter for name, shadow in fitted.items() if asked(targets[name])}
     squares = squared_gradients(task, candidate.model, weights, views.small_batches(_BATCHES, _BATCH))
     candidate.materialise()
     for shadow in fitted.values():
@@ -91,13 +91,13 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
         match part:
             case Norm() as norm, None:
                 _recalibrate(norm, views.of(norm))
-            case table, None:
+            case table, None if asked(targets[name]):
                 _thin_out(candidate, candidate.layers[name], views.of(table, _LOOKUPS), targets[name])
             case module, Matrix() as matrix:
                 bias = matrix.bias(module)
                 fit = _fit(matrix, views.of(module), bias is not None)
                 if fit is not None:
-                    _compress(candidate, fitted[name], matrix, bias, fit, squares[name], targets[name])
+                    _compress(candidate, fitted[name], matrix, bias, fit, squares.get(name), targets[name])
                 fitted[name].parameter.copy_(fitted[name].effective())
 
 
@@ -162,19 +162,20 @@ def _compress(
     matrix: Matrix,
     bias: Tensor | None,
     fit: _Fit,
-    squares: Tensor,
+    squares: Tensor | None,
     targets: Mapping[str, Choice],
 ) -> None:
     """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them.
-    squares: of the gradients of the weights."""
+    squares: of the gradients of the weights, where some are to go."""
     groups, shape = len(fit.rows), shadow.dense.shape
     before = matrix.grouped(shadow.dense, groups).double()
     diagonal = _diagonal(fit.hessian) + _damping(fit)[:, None]
     hessian = fit.hessian.diagonal_scatter(diagonal, dim1=1, dim2=2)
     weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
-    size = weight * (diagonal[:, None] * _worth(matrix.grouped(squares, groups).double())).sqrt()
-    mask = drawn_mask(matrix.restored(size, shape).float(), targets)
-    if mask is not None:
+    if squares is not None:
+        saliency = weight * (diagonal[:, None] * _worth(matrix.grouped(squares, groups).double())).sqrt()
+        mask = drawn_mask(matrix.restored(saliency, shape).float(), targets)
+        assert mask is not None
         shadow.mask, weight = mask.float(), _refitted(weight, hessian, matrix.grouped(mask, groups))
     shadow.dense = matrix.restored(weight, shape).float()
     candidate.fit_steps(shadow)
@@ -202,10 +203,10 @@ def _thin_out(
     for seen, _ in views:
         uses += torch.bincount(input_of(*seen.args, **seen.kwargs).flatten(), minlength=len(uses))
     mask = drawn_mask(shadow.dense * (uses + _UNSEEN * uses.mean()).sqrt()[:, None], targets)
-    if mask is not None:
-        shadow.mask = mask.float()
-        candidate.fit_steps(shadow)
-        shadow.parameter.copy_(shadow.effective())
+    assert mask is not None
+    shadow.mask = mask.float()
+    candidate.fit_steps(shadow)
+    shadow.parameter.copy_(shadow.effective())
 
 
 def _refitted(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autocompress.nested import leaves, map_leaves
+from autocompress.nested import cloned, leaves, map_leaves
 from autocompress.surgery import owners
 
 KEPT_BYTES = 1 << 29
@@ -115,9 +115,9 @@ class Replay:
         def kept(module: nn.Module, forward: Forward) -> Forward:
             def call(*args: Any, **kwargs: Any) -> Any:
                 if module in says:
-                    return _copied(says[module])
+                    return cloned(says[module])
                 output = forward(*args, **kwargs)
-                self._said[module, batch] = _copied(output)
+                self._said[module, batch] = cloned(output)
                 return output
 
             return call
@@ -173,11 +173,6 @@ def _floats(output: Any) -> list[Tensor]:
 
 def _bytes(output: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(output) if leaf is not None)
-
-
-def _copied(output: Any) -> Any:
-    """What comes next may compute in place."""
-    return map_leaves(output, lambda leaf: leaf if leaf is None else leaf.clone())
 
 
 @contextmanager

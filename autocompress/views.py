@@ -10,11 +10,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from autocompress.hooks import forward_hooks
 from autocompress.matrices import MOST_ROWS, Call
-from autocompress.nested import leaves, map_leaves
+from autocompress.nested import cloned, leaves
 from autocompress.replay import Replay
 from autocompress.task import Batch, Calibration, Task, batch_size, device_of, first_samples, to_device
 
@@ -90,7 +90,7 @@ class Views:
             found.append(Call(*call))
             if len(found) == runs:
                 raise _RanError
-            found[-1] = _copied(found[-1])
+            found[-1] = cloned(found[-1])
 
         replayed = self._replays[model].since([module], (at, batch_size(batch)))
         with suppress(_RanError), forward_hooks([(module, see)], with_kwargs=True), replayed:
@@ -108,10 +108,3 @@ class Views:
                 self._samples += batch_size(batch)
             yield self._batches[at]
             at += 1
-
-
-def _copied(call: Call) -> Call:
-    """What comes next may compute in place."""
-    copies = {id(leaf): leaf.clone() for leaf in leaves(call) if isinstance(leaf, Tensor)}
-    kept: Call = map_leaves(call, lambda leaf: copies.get(id(leaf), leaf))
-    return kept

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import rnn as rnn_utils
 
 import autocompress as ac
 from autocompress.artifact import load
 from autocompress.compression import Candidate
-from autocompress.matrices import MOST_ROWS, Call, Matrix, matrices
+from autocompress.matrices import MOST_ROWS
 from autocompress.recipe import Recipe
 from autocompress.reconstruction import _damping, _Fit, _refitted, reconstruct
 from autocompress.space import BoundSpace, SearchSpace
@@ -119,163 +118,6 @@ def test_conjugate_gradients_leave_what_is_asked_for_alone() -> None:
     assert _refitted(weight, products, torch.zeros(1, 4, 10, dtype=torch.bool)).count_nonzero() == 0
 
 
-def calls_of(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Call:
-    """What `module` was given and said when `model` ran."""
-    calls: list[Call] = []
-    handle = module.register_forward_hook(lambda *call: calls.append(Call(*call)), with_kwargs=True)
-    with torch.no_grad():
-        model(*args, **kwargs)
-    handle.remove()
-    (call,) = calls
-    return call
-
-
-def products(call: Call, matrix: Matrix, weight: Tensor) -> list[Tensor]:
-    """What the matrix says, by its rows: group by group, one output after the other."""
-    rows, bias = matrix.rows(call), matrix.bias(call.module)
-    weights = matrix.grouped(weight, sum(map(len, rows)))
-    assert torch.equal(matrix.restored(weights, weight.shape), weight)
-    biases = [torch.zeros(len(w)) for w in weights] if bias is None else bias.chunk(len(weights))
-    groups = zip([group for part in rows for group in part], weights, biases, strict=True)
-    return [x @ w.T + b for x, w, b in groups]
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 5, 3, padding=1),
-        nn.Conv2d(3, 5, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 0), bias=False),
-        nn.Conv2d(3, 5, 3, padding="same", padding_mode="reflect"),
-        nn.Conv2d(3, 5, 4, padding="same", padding_mode="circular"),
-        nn.Conv2d(6, 8, 3, groups=2, stride=2),
-        nn.Conv2d(6, 6, 3, groups=6, padding=1),
-        nn.Conv1d(3, 5, 3, stride=2, padding=1, dilation=2),
-        nn.Conv1d(4, 6, 3, groups=2, bias=False),
-        nn.Conv3d(4, 6, (1, 3, 2), padding=1, groups=2, dilation=(1, 2, 1)),
-        nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, padding=4, dilation=2, output_padding=1, bias=False),
-        nn.ConvTranspose2d(3, 5, 2, 2),
-        nn.ConvTranspose2d(6, 6, (3, 4), stride=(1, 2), padding=(0, 1), groups=6),
-        nn.ConvTranspose3d(4, 2, (1, 3, 2), padding=(0, 1, 0), stride=(2, 1, 1)),
-        nn.Linear(9, 5),
-        nn.Linear(9, 5, bias=False),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("batched", [True, False])
-def test_a_layer_is_its_matrix_times_its_rows(layer: Any, batched: bool) -> None:
-    places = (6,) if isinstance(layer, nn.Linear) else (3, 8, 9)[5 - layer.weight.ndim :]
-    shape = (6, 9) if isinstance(layer, nn.Linear) else (layer.in_channels, *places)
-    call = calls_of(layer, layer, torch.randn((2, *shape) if batched else shape))
-    ((module, matrix),) = matrices(layer).values()
-    assert module is layer
-    said = [group for part in matrix.says(call) for group in part]
-    torch.testing.assert_close(products(call, matrix, layer.weight), said)
-    every = call.output if isinstance(layer, nn.Linear) else call.output.movedim(-layer.weight.ndim + 1, -1)
-    torch.testing.assert_close(torch.cat(said, 1).view(every.shape), every)
-
-
-def test_of_many_windows_some_are_drawn() -> None:
-    layer = nn.Conv2d(3, 4, 3)
-    call = calls_of(layer, layer, torch.randn(10, 3, 52, 52))
-    ((_, matrix),) = matrices(layer).values()
-    (said,) = matrix.says(call)[0]
-    assert said.shape == (MOST_ROWS, 4)
-    torch.testing.assert_close(products(call, matrix, layer.weight), [said])
-    rest = call.output.movedim(1, -1).reshape(-1, 4).double()
-    torch.testing.assert_close(said.double().mean(0), rest.mean(0), rtol=0.1, atol=0.02)
-
-
-def attention(**kwargs: Any) -> nn.MultiheadAttention:
-    torch.manual_seed(0)
-    made = nn.MultiheadAttention(12, 3, **kwargs).eval()
-    for bias in (made.in_proj_bias, made.out_proj.bias):
-        if bias is not None:
-            nn.init.normal_(bias)
-    return made
-
-
-@pytest.mark.parametrize("given", ["itself", "a memory", "keys and values"])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"batch_first": True}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 5, "vdim": 7}],
-    ids=str,
-)
-def test_attention_multiplies_what_it_is_given_and_what_its_heads_say(given: str, settings: Any) -> None:
-    """The last matrix is a square one with an inverse: only the heads' own rows give what was said."""
-    torch.manual_seed(0)
-    module = nn.MultiheadAttention(12, 3, **settings).eval()
-    for bias in (module.in_proj_bias, module.out_proj.bias):
-        if bias is not None:
-            nn.init.normal_(bias)
-    query, memory = torch.randn(4, 4, 12), torch.randn(4, 4, 12)
-    inputs = {"itself": [query] * 3, "a memory": [query, memory, memory]}.get(given, [query, memory, -memory])
-    if "kdim" in settings:
-        inputs = [query, memory[..., :5], memory[..., :7]]
-    call = calls_of(module, module, *inputs[:2], value=inputs[2], need_weights=False)
-    known, rows = matrices(module), list[Tensor]()
-    for (owner, attribute), (runs, matrix) in known.items():
-        weight = getattr(owner, attribute)
-        assert runs is module
-        if weight is not None:
-            said = [group for part in matrix.says(call) for group in part]
-            torch.testing.assert_close(products(call, matrix, weight), said)
-            rows += [group for part in matrix.rows(call) for group in part]
-    torch.testing.assert_close(said[0].view(call.output[0].shape), call.output[0])
-    expected = inputs[:1] if given == "itself" and "kdim" not in settings else inputs
-    torch.testing.assert_close(rows[:-1], [x.reshape(-1, x.shape[-1]) for x in expected])
-
-
-def by_cells(rnn: Any, layer: int, suffix: str, sequences: list[Tensor], starts: list[Tensor]) -> list[list[Tensor]]:
-    """Of one direction of a layer, by torch's cell of one step: the hidden states before each step of each sequence
-    [T, inputs], and those after it. starts: [1, hidden] of each."""
-    cell = {nn.RNN: nn.RNNCell, nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}[type(rnn)](sequences[0].shape[1], 6)
-    cell.load_state_dict({n: getattr(rnn, f"{n}_l{layer}{suffix}") for n, _ in cell.named_parameters()})
-    found: list[list[Tensor]] = [[], []]
-    for x, h in zip(sequences, starts, strict=True):
-        state: Any = (h, h) if isinstance(rnn, nn.LSTM) else h
-        states = [h]
-        for step in x.flip(0) if suffix else x:
-            state = cell(step[None], state)
-            states.append(state[0] if isinstance(rnn, nn.LSTM) else state)
-        for known, part in zip(found, (states[:-1], states[1:]), strict=True):
-            known.append(torch.cat(part[::-1] if suffix else part))
-    return found
-
-
-@pytest.mark.parametrize("given", ["tensor", "packed", "with states", "packed, with states"])
-@pytest.mark.parametrize("settings", [{}, {"batch_first": True, "num_layers": 2, "bidirectional": True}], ids=str)
-@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
-def test_recurrent_layers_multiply_what_they_are_given_and_what_they_said_a_step_before(
-    kind: Any, settings: Any, given: str
-) -> None:
-    torch.manual_seed(0)
-    rnn, first = kind(5, 6, **settings), settings.get("batch_first", False)
-    ways = ["", "_reverse"] if rnn.bidirectional else [""]
-    sequences = [torch.randn(n, 5) for n in ((3, 7, 5) if "packed" in given else (4, 4, 4))]
-    together = rnn_utils.pad_sequence(sequences, first)
-    args: list[Any] = [together]
-    if "packed" in given:
-        args = [rnn_utils.pack_padded_sequence(together, torch.tensor([3, 7, 5]), first, enforce_sorted=False)]
-    h = torch.randn(rnn.num_layers * len(ways), 3, 6) if "states" in given else None
-    if h is not None:
-        args.append((h, h) if kind is nn.LSTM else h)
-    call, known = calls_of(rnn, rnn, *args), {name: matrix for (_, name), (_, matrix) in matrices(rnn).items()}
-    with torch.no_grad():
-        for layer in range(rnn.num_layers):
-            after = []
-            for at, way in enumerate(ways):
-                starts = torch.zeros(3, 1, 6) if h is None else h[layer * len(ways) + at][:, None]
-                before, said = by_cells(rnn, layer, way, sequences, list(starts))
-                after.append(said)
-                for part, expected in (("ih", sequences), ("hh", before)):
-                    matrix, weight = known[f"weight_{part}_l{layer}{way}"], getattr(rnn, f"weight_{part}_l{layer}{way}")
-                    torch.testing.assert_close(products(call, matrix, weight), [matrix.says(call)[0][0]])
-                    (rows,), wanted = matrix.rows(call)[0], torch.cat(expected)
-                    assert rows.shape == wanted.shape
-                    torch.testing.assert_close(rows.T @ rows, wanted.T @ wanted)  # in any order
-            sequences = [torch.cat(parts, 1) for parts in zip(*after, strict=True)]
-
-
 @pytest.mark.parametrize(
     "choices",
     [{"weights": "int3"}, {"weights": "ternary"}, {"sparsity": 0.5}, {"weights": "codebook-8", "sparsity": 0.5}],
@@ -325,23 +167,6 @@ def test_what_runs_more_than_once_is_fitted_to_all_of_its_runs(tmp_path: Path) -
     for row, dense in zip(found, whole, strict=True):
         stays = np.flatnonzero(row)
         np.testing.assert_allclose(row[stays], np.linalg.solve(h[np.ix_(stays, stays)], h[stays] @ dense), atol=1e-3)
-
-
-@pytest.mark.parametrize("cell", [nn.RNNCell(5, 6), nn.LSTMCell(5, 6), nn.GRUCell(5, 6)], ids=str)
-@pytest.mark.parametrize("given", [True, False], ids=["state", "zeros"])
-@pytest.mark.parametrize("batched", [True, False], ids=["batch", "sample"])
-def test_cells_are_matrices_that_multiply_what_they_are_given_and_their_state(
-    cell: Any, given: bool, batched: bool
-) -> None:
-    x, h = (torch.randn(3, 5), torch.randn(3, 6)) if batched else (torch.randn(5), torch.randn(6))
-    state = ((h, torch.randn_like(h)) if isinstance(cell, nn.LSTMCell) else h) if given else None
-    call = calls_of(cell, cell, x, state)
-    for name, value in (("ih", x), ("hh", h if given else torch.zeros_like(h))):
-        weight, bias = getattr(cell, f"weight_{name}"), getattr(cell, f"bias_{name}")
-        _, matrix = matrices(cell)[cell, f"weight_{name}"]
-        expected = torch.atleast_2d(value) @ weight.T + bias
-        torch.testing.assert_close(products(call, matrix, weight), [expected])
-        torch.testing.assert_close(matrix.says(call), [expected[None]])
 
 
 class Words(nn.Module):
