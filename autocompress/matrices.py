@@ -1,8 +1,8 @@
 """Weights as matrices: the rows that each multiplies when the model runs, and what it says of them.
 
 Linear layers; convolutions of any dimension and number of groups, whose rows are their windows (im2col, Chellapilla et
-al., 2006); and what computes with its weights itself: `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM`, `nn.GRU` and their
-cells.
+al., 2006); what computes with its weights itself: `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM`, `nn.GRU` and their
+cells; and modules with a forward of their own that hands a weight to one of torch's linear operations.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 
 from autocompress.nested import leaves, map_leaves
 
@@ -61,8 +62,8 @@ class Matrix(ABC):
 
 
 def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]]:
-    """(module, attribute) of each weight that is one -> (the module whose runs tell, matrix). Not for classes with a
-    forward of their own, which may do anything with their weights."""
+    """(module, attribute) of each weight that is one, as far as can be told before it runs -> (the module whose runs
+    tell, matrix)."""
     out: dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]] = {}
     for module in model.modules():
         for (owner, attribute), matrix in _of(module):
@@ -91,6 +92,14 @@ def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Matrix]]:
         yield (module, "weight"), _Convolution()
     elif runs_as(module, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
         yield (module, "weight"), _Transposed()
+    elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not any(map(_has_weights, module.children())):
+        for attribute, weight in module.named_parameters(recurse=False):
+            if weight.ndim > 1:
+                yield (module, attribute), _Handed(attribute)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def runs_as(module: Any, *kinds: Any) -> bool:
@@ -147,6 +156,77 @@ class _Transposed(_Convolution):
     def restored(self, grouped: Tensor, shape: Sequence[int]) -> Tensor:
         inputs = shape[0] // len(grouped)
         return grouped.reshape(len(grouped), shape[1], inputs, *shape[2:]).transpose(1, 2).reshape(*shape)
+
+
+@dataclass(frozen=True)
+class _Handed(Matrix):
+    """Of a module with a forward of its own, which may do anything with the weight. If a run hands it once to an
+    operation that multiplies by it (as convolutions that pad as TensorFlow's do), that is what the matrix says, and
+    nothing if not."""
+
+    attribute: str
+
+    def rows(self, call: Call) -> list[Tensor]:
+        handed = self._operation(call)
+        return _MATRICES[type(handed.module)].rows(handed) if handed else []
+
+    def says(self, call: Call) -> list[Tensor]:
+        handed = self._operation(call)
+        return _MATRICES[type(handed.module)].says(handed) if handed else []
+
+    def bias(self, module: Any) -> Tensor | None:
+        bias: Tensor | None = getattr(module, "bias", None)
+        return bias
+
+    def _operation(self, call: Call) -> Call | None:
+        """The run, once more, of that operation alone, as of one of torch's modules."""
+        weight, bias = getattr(call.module, self.attribute), self.bias(call.module)
+        found: list[tuple[Any, _Operands, Tensor]] = []
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                output = func(*args, **(kwargs or {}))
+                if func in _OPERATIONS:
+                    operands = _Operands(*args, **(kwargs or {}))
+                    if operands.weight is weight:
+                        found.append((_OPERATIONS[func], operands, output))
+                return output
+
+        with Watch():
+            again = call.module(*call.args, **call.kwargs)
+        if len(found) != 1 or found[0][1].bias is not bias or not _same(again, call.output):
+            return None
+        (kind, operands, output), shape = found[0], weight.shape
+        settings = operands[3:] if weight.ndim > 2 else ()
+        module = kind(shape[1] * operands.groups, shape[0], *[shape[2:]][: weight.ndim - 2], *settings, device="meta")
+        module.weight, module.bias = weight, bias
+        return Call(module, (operands.input,), {}, output)
+
+
+class _Operands(NamedTuple):
+    """What torch's linear operations are given."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+
+_OPERATIONS: dict[Any, Any] = {
+    torch.nn.functional.linear: nn.Linear,
+    torch.nn.functional.conv1d: nn.Conv1d,
+    torch.nn.functional.conv2d: nn.Conv2d,
+    torch.nn.functional.conv3d: nn.Conv3d,
+}
+_MATRICES = {kind: _Linear() if kind is nn.Linear else _Convolution() for kind in _OPERATIONS.values()}
+
+
+def _same(said: Any, before: Any) -> bool:
+    pairs = zip(leaves(said), leaves(before), strict=True)
+    return all(not isinstance(a, Tensor) or torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs)
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,15 @@ def _parts(candidate: Candidate) -> dict[str, _Part]:
 
 
 def _fit(matrix: Matrix, views: Iterator[tuple[Call, Call | None]], centred: bool) -> _Fit | None:
-    """None if the layer does not run any more, or is given nothing. centred: the means are taken out."""
+    """None if the layer does not run any more, is given nothing, or turns out to be no matrix. centred: the means are
+    taken out."""
     sums: list[list[Tensor]] = []
     origins: list[tuple[Tensor, Tensor]] = []
     for seen, like in views:
         said = matrix.says(seen)
-        wanted = said if like is None else matrix.says(like)
+        if not said:
+            return None
+        wanted = (like and matrix.says(like)) or said
         rows = [(x.double(), (z - y).double()) for x, y, z in zip(matrix.rows(seen), said, wanted, strict=True)]
         if not sums:
             sums = [_sums(a[:, :0], d[:, :0]) for a, d in rows]

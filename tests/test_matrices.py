@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
 from torch.nn.utils import rnn as rnn_utils
 
 from autocompress.matrices import MOST_ROWS, Call, Matrix, matrices
@@ -184,3 +185,73 @@ def test_cells_are_matrices_that_multiply_what_they_are_given_and_their_state(
         expected = torch.atleast_2d(value) @ weight.T + bias
         torch.testing.assert_close(products(call, matrix, weight), [expected])
         torch.testing.assert_close(matrix.says(call), [expected[None]])
+
+
+class Same(nn.Conv2d):
+    """Pads as TensorFlow does, by a module within."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pads = nn.ZeroPad2d((0, 1, 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(self.pads(x), self.weight, self.bias, stride=self.stride, groups=self.groups)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Gated(nn.Module):
+    """Of no class of torch's, with more to say than its matrix does."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.core, self.times = nn.Parameter(torch.randn(5, 9)), times
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        y = sum(linear(x * n, self.core, self.bias) for n in range(1, 1 + self.times))
+        return torch.sigmoid(y), self.times
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.relu_().sub_(1), self.weight, self.bias)
+
+
+HANDED = {
+    "same": (Same(6, 8, 3, stride=(2, 1), groups=2), torch.randn(4, 6, 7, 8)),
+    "without bias": (Same(3, 5, 2, bias=False), torch.randn(4, 3, 7, 8)),
+    "depthwise": (Same(6, 6, 3, groups=6), torch.randn(4, 6, 7, 8)),
+    "its own class": (Gated(), torch.randn(4, 3, 9)),
+}
+
+
+@pytest.mark.parametrize("kind", HANDED)
+def test_forwards_that_hand_their_weight_on_are_matrices(kind: str) -> None:
+    layer, x = HANDED[kind]
+    ((place, (module, matrix)),) = matrices(nn.Sequential(layer)).items()
+    call = calls_of(layer, layer, x)
+    with torch.no_grad():
+        said = [group for part in matrix.says(call) for group in part]
+        for a, b in zip(products(call, matrix, getattr(*place)), said, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        if isinstance(layer, nn.Conv2d):
+            outputs = torch.stack(said).movedim(1, 2).flatten(0, 1)
+            assert torch.allclose(outputs, layer(x).movedim(1, 0).flatten(1), atol=1e-5)
+        else:
+            assert torch.allclose(torch.sigmoid(said[0]), layer(x)[0].flatten(0, 1), atol=1e-5)
+    assert module is layer
+
+
+@pytest.mark.parametrize(
+    "layer", [Standardised(9, 5, 1), Gated(2), InPlace(9, 5)], ids=lambda layer: type(layer).__name__
+)
+def test_what_is_not_handed_on_once_or_as_it_is_says_nothing(layer: nn.Module) -> None:
+    x = torch.randn(4, 9, 3, 3) if isinstance(layer, nn.Conv2d) else torch.randn(4, 9)
+    ((_, (_, matrix)),) = matrices(nn.Sequential(layer)).items()
+    call = calls_of(layer, layer, x)
+    with torch.no_grad():
+        assert matrix.rows(call) == matrix.says(call) == []
