@@ -95,7 +95,7 @@ def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Matrix]]:
     elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not any(map(_has_weights, module.children())):
         for attribute, weight in module.named_parameters(recurse=False):
             if weight.ndim > 1:
-                yield (module, attribute), _Handed(attribute)
+                yield (module, attribute), Handed(attribute)
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -159,12 +159,12 @@ class _Transposed(_Convolution):
 
 
 @dataclass(frozen=True)
-class _Handed(Matrix):
+class Handed(Matrix):
     """Of a module with a forward of its own, which may do anything with the weight. If a run hands it once to an
     operation that multiplies by it (as convolutions that pad as TensorFlow's do), that is what the matrix says, and
-    nothing if not."""
+    nothing if not. weight: its name in the module."""
 
-    attribute: str
+    weight: str
 
     def rows(self, call: Call) -> list[Tensor]:
         handed = self._operation(call)
@@ -175,12 +175,14 @@ class _Handed(Matrix):
         return _MATRICES[type(handed.module)].says(handed) if handed else []
 
     def bias(self, module: Any) -> Tensor | None:
-        bias: Tensor | None = getattr(module, "bias", None)
+        """The one beside the weight."""
+        owner, _, _ = self.weight.rpartition(".")
+        bias: Tensor | None = getattr(module.get_submodule(owner), "bias", None)
         return bias
 
     def _operation(self, call: Call) -> Call | None:
         """The run, once more, of that operation alone, as of one of torch's modules."""
-        weight, bias = getattr(call.module, self.attribute), self.bias(call.module)
+        weight, bias = call.module.get_parameter(self.weight), self.bias(call.module)
         found: list[tuple[Any, _Operands, Tensor]] = []
 
         class Watch(TorchFunctionMode):

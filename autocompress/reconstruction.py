@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from autocompress.compression import Candidate, ShadowedLayer, asked, drawn_mask
 from autocompress.curvature import squared_gradients
-from autocompress.matrices import Call, Matrix, by_place, input_of, matrices, runs_as
+from autocompress.matrices import Call, Handed, Matrix, by_place, input_of, matrices, runs_as
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
 from autocompress.task import Task
@@ -80,6 +80,10 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
     """
     views, targets, known = Views(task, candidate.model, original, replays), candidate.targets(), _parts(candidate)
     order = views.in_order({part.module for part in known.values()})
+    used = _used_by_parents(candidate, {name: part for name, part in known.items() if part.module not in set(order)})
+    if used:
+        known |= used
+        order = views.in_order({part.module for part in known.values()})
     parts = [(name, part) for module in order for name, part in known.items() if part.module is module]
     fitted = {name: candidate.layers[name] for name, part in parts if part.matrix is not None}
     weights = {name: shadow.parameter for name, shadow in fitted.items() if asked(targets[name])}
@@ -114,6 +118,18 @@ def _parts(candidate: Candidate) -> dict[str, _Part]:
     for name, module in candidate.model.named_modules():
         if isinstance(module, Norm) and module.running_var is not None:
             out[name] = _Part(module, None)
+    return out
+
+
+def _used_by_parents(candidate: Candidate, idle: Mapping[str, _Part]) -> dict[str, _Part]:
+    """Layers that do not run themselves, as what the modules that they are in compute with (the attention of
+    torchvision's Swin transformers)."""
+    names, out = {module: name for name, module in candidate.model.named_modules()}, dict[str, _Part]()
+    for name, part in idle.items():
+        if part.matrix is not None and names[part.module]:
+            parent, _, child = names[part.module].rpartition(".")
+            attribute = candidate.layers[name].key.removeprefix(f"{names[part.module]}.")
+            out[name] = _Part(candidate.model.get_submodule(parent), Handed(f"{child}.{attribute}"))
     return out
 
 

@@ -46,6 +46,7 @@ class Views:
     def in_order(self, modules: Collection[nn.Module]) -> list[nn.Module]:
         """Those that run, as they first do."""
         batch = next(self._read())
+        self._runs, self._values = Counter(), Counter()
 
         def count(module: Any, args: Any, output: Any) -> None:
             y = next(leaves(output))

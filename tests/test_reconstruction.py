@@ -384,6 +384,32 @@ def test_layers_with_a_forward_of_their_own_are_fitted_if_it_takes_their_weight_
     assert same == [False, True, False]
 
 
+class Windows(nn.Module):
+    """Computes with the weights of layers that never run, as attention in torchvision does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = nn.functional.linear(x, self.into.weight, self.into.bias).chunk(3, -1)
+        y = torch.softmax(q @ k.mT, -1) @ v
+        return nn.functional.linear(y, self.proj.weight, self.proj.bias)
+
+
+def test_layers_that_others_compute_with_are_fitted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), Windows(), nn.Flatten(), nn.Linear(96, 4))
+    batches = [(torch.randn(64, 6, 8), torch.randint(4, (64,))) for _ in range(3)]
+    workshop = workshop_of(Task(model, batches, batches, batches, epochs=0), tmp_path)
+    errors = {}
+    for fit in (True, False):
+        candidate = candidate_of(workshop, {"sparsity": 0.5}, fit).model
+        with torch.no_grad():
+            errors[fit] = float((candidate[:2](batches[2][0]) - model[:2](batches[2][0])).square().mean())
+    assert errors[True] < 0.6 * errors[False]
+
+
 def test_a_trial_without_training_keeps_most_of_what_rounding_loses(tmp_path: Path) -> None:
     """And does not depend on a parent."""
     task = small_digits(epochs=0)
