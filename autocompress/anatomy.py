@@ -109,12 +109,7 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
     vectors = []
     for key, places in owners(model).items():
         tensor = getattr(*places[0])
-        if (
-            tensor.ndim >= 2
-            and tensor.is_floating_point()
-            and tensor.numel() >= MIN_WEIGHTS
-            and isinstance(tensor, nn.Parameter)
-        ):
+        if isinstance(tensor, nn.Parameter) and _is_matrix(tensor, places[0][1]):
             kind = type(places[0][0]).__name__
             layers.append(Layer(layer_name(key), key, tuple(tensor.shape), kind, tuple(touched.get(key, ()))))
         elif tensor.is_floating_point():
@@ -122,6 +117,13 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
     inputs, activations = _seen_in_forward(model, run, {layer.parameter for layer in layers}, left_alone)
     blocks = tuple(_blocks(model, run, layers, groups, steady))
     return Anatomy(tuple(layers), groups, activations, inputs, tuple(vectors), blocks, left_alone)
+
+
+def _is_matrix(tensor: Tensor, attribute: str) -> bool:
+    """Whether it is worth choices of its own. Scales of channels and tokens of transformers are vectors, whatever their
+    number of dimensions; what a layer calls a weight is none."""
+    line = tensor.numel() == max(tensor.shape, default=1) and "weight" not in attribute
+    return tensor.ndim >= 2 and tensor.is_floating_point() and tensor.numel() >= MIN_WEIGHTS and not line
 
 
 def _seen_in_forward(

@@ -74,6 +74,27 @@ def test_what_cannot_be_pruned_is_reported() -> None:
     assert {g.name for g in anatomy.groups} == {"encoder.layers.0.linear1", "encoder.layers.1.linear1"}
 
 
+class Tokens(nn.Module):
+    """Parameters of several dimensions, some of which are vectors all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.ones(16, 1))
+        self.place, self.core = nn.Parameter(torch.randn(1, 6, 16)), nn.LSTM(1, 16, batch_first=True)
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.core(x)[0] + self.token + self.place
+        out: Tensor = self.head((y.mT * self.scale).mT.mean(1))
+        return out
+
+
+def test_vectors_of_several_dimensions_are_no_layers() -> None:
+    batches = [(torch.randn(4, 6, 1), torch.zeros(4, 1))]
+    anatomy = anatomy_of(Task(Tokens(), batches, batches, batches))
+    assert {layer.name for layer in anatomy.layers} == {"place", "core.weight_ih_l0", "core.weight_hh_l0", "head"}
+
+
 def test_recurrent_weights_are_layers() -> None:
     names = {layer.name for layer in anatomy_of(zoo_task("lstm")).layers}
     assert {"core.weight_ih_l0", "core.weight_hh_l0", "head"} <= names
