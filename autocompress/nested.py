@@ -18,6 +18,11 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def floats(value: Any) -> list[Tensor]:
+    """The tensors of floats among the leaves."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     """`value` with its leaves changed; tuples, lists and mappings keep their types."""
     if isinstance(value, MutableMapping):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autocompress.nested import cloned, leaves, map_leaves
+from autocompress.nested import cloned, floats, leaves, map_leaves
 from autocompress.surgery import owners
 
 KEPT_BYTES = 1 << 29
@@ -152,11 +152,11 @@ def can_replay(model: nn.Module, batches: Sequence[Any], run: Callable[[nn.Modul
 
 @torch.no_grad()
 def _says_the_same(model: nn.Module, batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]) -> bool:
-    replay, plain = Replay(model, partial(run, model, batches[0])), [_floats(run(model, batch)) for batch in batches]
+    replay, plain = Replay(model, partial(run, model, batches[0])), [floats(run(model, batch)) for batch in batches]
     changed = sorted({module for places in owners(model).values() for module, _ in places}, key=replay.start)
     for module, at in itertools.product([*changed, *changed[-1:]], range(len(batches))):
         with replay.since([module], at):
-            again = _floats(run(model, batches[at]))
+            again = floats(run(model, batches[at]))
         if not all(torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in zip(plain[at], again, strict=True)):
             return False
     return True
@@ -165,10 +165,6 @@ def _says_the_same(model: nn.Module, batches: Sequence[Any], run: Callable[[nn.M
 def _is_plain(output: Any) -> bool:
     """Whether it is made of dense tensors."""
     return all(leaf is None or (isinstance(leaf, Tensor) and leaf.layout == torch.strided) for leaf in leaves(output))
-
-
-def _floats(output: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _bytes(output: Any) -> int:

@@ -221,6 +221,17 @@ class InPlace(nn.Linear):
         return linear(x.relu_().sub_(1), self.weight, self.bias)
 
 
+class Stateful(nn.Linear):
+    """Ends when it is run a second time."""
+
+    ran = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.ran
+        self.ran = True
+        return linear(x, self.weight, self.bias)
+
+
 HANDED = {
     "same": (Same(6, 8, 3, stride=(2, 1), groups=2), torch.randn(4, 6, 7, 8)),
     "without bias": (Same(3, 5, 2, bias=False), torch.randn(4, 3, 7, 8)),
@@ -247,7 +258,7 @@ def test_forwards_that_hand_their_weight_on_are_matrices(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", [Standardised(9, 5, 1), Gated(2), InPlace(9, 5)], ids=lambda layer: type(layer).__name__
+    "layer", [Standardised(9, 5, 1), Gated(2), InPlace(9, 5), Stateful(9, 5)], ids=lambda layer: type(layer).__name__
 )
 def test_what_is_not_handed_on_once_or_as_it_is_says_nothing(layer: nn.Module) -> None:
     x = torch.randn(4, 9, 3, 3) if isinstance(layer, nn.Conv2d) else torch.randn(4, 9)
