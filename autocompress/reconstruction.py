@@ -80,7 +80,7 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
     """
     views, targets, known = Views(task, candidate.model, original, replays), candidate.targets(), _parts(candidate)
     order = views.in_order({part.module for part in known.values()})
-    used = _used_by_parents(candidate, {name: part for name, part in known.items() if part.module not in set(order)})
+    used = _used_by_parents(candidate, {name: part for name, part in known.items() if part.module not in order})
     if used:
         known |= used
         order = views.in_order({part.module for part in known.values()})
