@@ -121,7 +121,7 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
 
 def _is_matrix(tensor: Tensor, attribute: str) -> bool:
     """Whether it is worth choices of its own. Scales of channels and tokens of transformers are vectors, whatever their
-    number of dimensions; what a layer calls a weight is none."""
+    number of dimensions, but not what a layer calls its weight."""
     line = tensor.numel() == max(tensor.shape, default=1) and "weight" not in attribute
     return tensor.ndim >= 2 and tensor.is_floating_point() and tensor.numel() >= MIN_WEIGHTS and not line
 
