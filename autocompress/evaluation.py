@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from autocompress.allocator import keep_freed_memory
 from autocompress.anatomy import read_anatomy
 from autocompress.artifact import load
 from autocompress.compression import activation_modules
@@ -31,6 +32,7 @@ def evaluate(path: str | Path, task: Task | str) -> Evaluation:
 
     Raises ArtifactError when the file cannot be read or does not fit the task's model.
     """
+    keep_freed_memory()
     given = load_task(task) if isinstance(task, str) else task
     device = torch.device(fastest_device())
     model = load(path, given.build()).to(device)

@@ -8,6 +8,7 @@ cells; and modules with a forward of their own that hands a weight to one of tor
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from autocompress.nested import close, leaves, map_leaves
 
 MOST_ROWS = 16_384
 """That a layer is fitted to; of a convolution, many of whose windows are alike, no more in one run."""
+_MOST_VALUES = 1 << 25
+"""Of the rows of a convolution, of all its groups, in one run."""
 
 
 class Call(NamedTuple):
@@ -41,6 +44,10 @@ class Matrix(ABC):
     Rows, and what is said of them, come as one tensor or more, each for the next groups that see equally many rows:
     float [groups, rows, inputs] and [groups, rows, outputs of a group].
     """
+
+    def operation(self, call: Call) -> Call | None:
+        """The run of the module as one that `rows` and `says` can be told of; None if it turns out to be no matrix."""
+        return call
 
     @abstractmethod
     def rows(self, call: Call) -> list[Tensor]: ...
@@ -161,18 +168,16 @@ class _Transposed(_Convolution):
 @dataclass(frozen=True)
 class Handed(Matrix):
     """Of a module with a forward of its own, which may do anything with the weight. If a run hands it once to an
-    operation that multiplies by it (as convolutions that pad as TensorFlow's do), that is what the matrix says, and
-    nothing if not. weight: its name in the module."""
+    operation that multiplies by it (as convolutions that pad as TensorFlow's do), that is what the matrix says. weight:
+    its name in the module."""
 
     weight: str
 
     def rows(self, call: Call) -> list[Tensor]:
-        handed = self._operation(call)
-        return _MATRICES[type(handed.module)].rows(handed) if handed else []
+        return _MATRICES[type(call.module)].rows(call)
 
     def says(self, call: Call) -> list[Tensor]:
-        handed = self._operation(call)
-        return _MATRICES[type(handed.module)].says(handed) if handed else []
+        return _MATRICES[type(call.module)].says(call)
 
     def bias(self, module: Any) -> Tensor | None:
         """The one beside the weight."""
@@ -180,8 +185,8 @@ class Handed(Matrix):
         bias = getattr(module.get_submodule(owner), "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
-    def _operation(self, call: Call) -> Call | None:
-        """The run, once more, of that operation alone, as of one of torch's modules."""
+    def operation(self, call: Call) -> Call | None:
+        """That operation, of the module run once more, as a run of one of torch's modules."""
         weight, bias = call.module.get_parameter(self.weight), self.bias(call.module)
         found: list[tuple[Any, _Operands, Tensor]] = []
 
@@ -371,18 +376,19 @@ def _windows(x: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: 
     return x
 
 
-def by_place(x: Tensor, places: int) -> Tensor:
-    """[N, channels, *places, ...] -> [rows, channels, ...], of `MOST_ROWS` at most, which are drawn at random, but
-    always the same of as many. places: the number of these dimensions."""
+def by_place(x: Tensor, places: int, most: int = MOST_ROWS) -> Tensor:
+    """[N, channels, *places, ...] -> [rows, channels, ...], at most so many, which are drawn at random, but always the
+    same of as many. places: the number of these dimensions."""
     shape = x.shape[:1] + x.shape[2 : 2 + places]
-    drawn = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(0))[:MOST_ROWS].sort().values
+    drawn = torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(0))[:most].sort().values
     return x.movedim(1, 1 + places)[torch.unravel_index(drawn.to(x.device), shape)]
 
 
 def _by_group(conv: Any, x: Tensor) -> Tensor:
     """[N, channels, *places, ...] -> [groups, rows, channels of a group * ...]."""
-    x = by_place(x, conv.weight.ndim - 2)
-    return x.reshape(len(x), conv.groups, x[:1].numel() // conv.groups).transpose(0, 1)
+    most = min(MOST_ROWS, max(1, _MOST_VALUES // (conv.in_channels * math.prod(conv.kernel_size))))
+    x = by_place(x, conv.weight.ndim - 2, most)
+    return x.reshape(len(x), conv.groups, x[:1].numel() // conv.groups).transpose(0, 1).contiguous()
 
 
 def _flat(x: Tensor) -> Tensor:

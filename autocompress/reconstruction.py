@@ -27,8 +27,7 @@ from autocompress.curvature import squared_gradients
 from autocompress.matrices import Call, Handed, Matrix, by_place, input_of, matrices, runs_as
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
-from autocompress.task import Task
-from autocompress.views import Views
+from autocompress.views import Samples, Views
 
 _DAMPING = 0.01
 """Share of the mean of a Hessian's diagonal that is added to it, at least."""
@@ -73,12 +72,9 @@ class _Fit(NamedTuple):
 
 
 @torch.no_grad()
-def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: bool) -> None:
-    """Prune and round the weights of `candidate`, in place, so that its layers say what those of `original` say.
-
-    replays: `can_replay` of the original.
-    """
-    views, targets, known = Views(task, candidate.model, original, replays), candidate.targets(), _parts(candidate)
+def reconstruct(candidate: Candidate, samples: Samples) -> None:
+    """Prune and round the weights of `candidate`, in place, so that its layers say what those of the original say."""
+    views, targets, known = Views(samples, candidate.model), candidate.targets(), _parts(candidate)
     order = views.in_order({part.module for part in known.values()})
     used = _used_by_parents(candidate, {name: part for name, part in known.items() if part.module not in order})
     if used:
@@ -87,7 +83,7 @@ def reconstruct(task: Task, candidate: Candidate, original: nn.Module, replays: 
     parts = [(name, part) for module in order for name, part in known.items() if part.module is module]
     fitted = {name: candidate.layers[name] for name, part in parts if part.matrix is not None}
     weights = {name: shadow.parameter for name, shadow in fitted.items() if asked(targets[name])}
-    squares = squared_gradients(task, candidate.model, weights, views.small_batches(_BATCHES, _BATCH))
+    squares = squared_gradients(samples.task, candidate.model, weights, samples.small_batches(_BATCHES, _BATCH))
     candidate.materialise()
     for shadow in fitted.values():
         shadow.parameter.copy_(shadow.dense)
@@ -139,11 +135,12 @@ def _fit(matrix: Matrix, views: Iterator[tuple[Call, Call | None]], centred: boo
     sums: list[list[Tensor]] = []
     origins: list[tuple[Tensor, Tensor]] = []
     for seen, like in views:
-        said = matrix.says(seen)
-        if not said:
+        operation, others = matrix.operation(seen), like and matrix.operation(like)
+        if operation is None:
             return None
-        wanted = (like and matrix.says(like)) or said
-        rows = [(x.double(), (z - y).double()) for x, y, z in zip(matrix.rows(seen), said, wanted, strict=True)]
+        said = matrix.says(operation)
+        wanted = matrix.says(others) if others else said
+        rows = [(x.double(), (z - y).double()) for x, y, z in zip(matrix.rows(operation), said, wanted, strict=True)]
         if not sums:
             sums = [_sums(a[:, :0], d[:, :0]) for a, d in rows]
             # counted from near their mean: what is left when that is taken out is not round-off

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
 import autocompress.techniques  # noqa: F401  (registers the techniques)
+from autocompress.allocator import keep_freed_memory
 from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.artifact import pack, read_artifact, unpack
 from autocompress.chance import loss_unit
@@ -41,10 +40,12 @@ from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.reconstruction import reconstruct
 from autocompress.reparametrization import copied
+from autocompress.seeds import seed_everything, seeded
 from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
 from autocompress.techniques.base import TrainingTechnique, maskings, only_trains, trainings
 from autocompress.training import fine_tune, step_costs, try_autocast
+from autocompress.views import Samples
 
 ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
     "model.acz",
@@ -101,21 +102,15 @@ class TrialResult:
     step_costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def calibration_batches(task: Task, device: torch.device) -> Calibration:
     """The first training batches, until they hold 192 samples, or fewer where each has many targets."""
-    seed_everything(0)
     batches, count = [], 0
-    for batch in task.batches("train"):
-        batches.append(to_device(batch, device))
-        count += batch_size(batch) * min(max(1, targets_of_each(batch) // _CLASSES), _MOST_WORTH)
-        if count >= _CALIBRATION:
-            break
+    with seeded(0):
+        for batch in task.batches("train"):
+            batches.append(to_device(batch, device))
+            count += batch_size(batch) * min(max(1, targets_of_each(batch) // _CLASSES), _MOST_WORTH)
+            if count >= _CALIBRATION:
+                break
     return Calibration(task, batches)
 
 
@@ -139,6 +134,7 @@ class Workshop:
         seed: int,
         device: str = "cpu",
     ) -> None:
+        keep_freed_memory()
         self.folder, self.seed = folder, seed
         self.device = torch.device(device)
         self.original = original.to(self.device).eval()
@@ -156,6 +152,10 @@ class Workshop:
     @cached_property
     def prober(self) -> Prober:
         return Prober(self.task, self.original, self.calibration.batches)
+
+    @cached_property
+    def samples(self) -> Samples:
+        return Samples(self.task, self.original, self.prober.can_replay)
 
     @cached_property
     def trial_prober(self) -> Prober:
@@ -232,7 +232,7 @@ class Workshop:
         rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
         if not self.task.epochs:
-            reconstruct(self.task, candidate, self.original, self.prober.can_replay)
+            reconstruct(candidate, self.samples)
         learning_rate = self._learning_rate(candidate) if epochs else None
         for epoch in fine_tune(self.task, candidate, self.original, epochs, start, learning_rate, rate):
             halfway = epoch == (epochs + 1) // 2 and epoch < epochs

@@ -16,6 +16,7 @@ from autocompress.hooks import forward_hooks
 from autocompress.matrices import MOST_ROWS, Call
 from autocompress.nested import cloned, leaves
 from autocompress.replay import Replay
+from autocompress.seeds import seeded
 from autocompress.task import Batch, Calibration, Task, batch_size, device_of, first_samples, to_device
 
 _FEWEST, _SAMPLES = 64, 4096
@@ -27,25 +28,62 @@ class _RanError(Exception):
     """A module has run: the rest of the model need not."""
 
 
-class Views:
-    """What modules of a candidate and of the original see and say on the first training batches, which are read once;
-    and no more of them is read, or run, than is asked for. replays: `can_replay` of the original."""
+class Samples:
+    """The first training batches, always the same, and the original, which runs with them: for all trials of a worker.
+    Batches are read once, and no more of them than are asked for. replays: `can_replay` of the original."""
 
-    def __init__(self, task: Task, model: nn.Module, original: nn.Module, replays: bool) -> None:
-        self.task, self.model, self.original = task, model, original
-        others = dict(original.named_modules())
+    def __init__(self, task: Task, original: nn.Module, replays: bool) -> None:
+        self.task, self.original = task, original
+        self._more, self._batches, self._count = task.batches("train"), list[Batch](), 0
+        self._short = Calibration(task, [next(self.read())]).shortened(original)
+        self.fewest = batch_size(self._short.batches[0])
+        """That the original runs with."""
+        self._replays = replays
+        self.replay = self.replay_of(original)
+
+    def replay_of(self, model: nn.Module) -> Replay:
+        """Of the original, or of a candidate."""
+        return Replay(model, partial(self._short, model) if self._replays else lambda: None)
+
+    def read(self) -> Iterator[Batch]:
+        at = 0
+        while True:
+            if at == len(self._batches):
+                with seeded(1 + at):
+                    batch = next(self._more, None) if self._count < _SAMPLES else None
+                if batch is None:
+                    return
+                self._batches.append(to_device(batch, device_of(self.original)))
+                self._count += batch_size(batch)
+            yield self._batches[at]
+            at += 1
+
+    def small_batches(self, count: int, samples: int) -> Iterator[Batch]:
+        """So many, of so many samples each if the model runs with so few."""
+        size = max(self.fewest, samples)
+        every = (
+            first_samples(batch, size, start)
+            for batch in self.read()
+            for start in range(0, max(1, batch_size(batch) - size + 1), size)
+        )
+        return itertools.islice(every, count)
+
+
+class Views:
+    """What modules of a candidate and of the original see and say."""
+
+    def __init__(self, samples: Samples, model: nn.Module) -> None:
+        self.samples, self.model = samples, model
+        others = dict(samples.original.named_modules())
         self._alike = {m: others[name] for name, m in model.named_modules() if type(others.get(name)) is type(m)}
         """Module of the candidate -> the original's of the same name and kind."""
-        self._more, self._batches, self._samples = task.batches("train"), list[Batch](), 0
         self._runs, self._values = Counter[nn.Module](), Counter[nn.Module]()
         """Of the module, and of a channel of all its outputs, from one sample."""
-        short = Calibration(task, [next(self._read())]).shortened(model)
-        self._fewest = batch_size(short.batches[0])
-        self._replays = {m: Replay(m, partial(short, m) if replays else lambda: None) for m in (model, original)}
+        self._replays = {model: samples.replay_of(model), samples.original: samples.replay}
 
     def in_order(self, modules: Collection[nn.Module]) -> list[nn.Module]:
         """Those that run, as they first do."""
-        batch = next(self._read())
+        batch = next(self.samples.read())
         self._runs, self._values = Counter(), Counter()
 
         def count(module: Any, args: Any, output: Any) -> None:
@@ -55,34 +93,24 @@ class Views:
             self._values[module] += y.numel() / channels / batch_size(batch)
 
         with forward_hooks([(module, count) for module in modules]):
-            self.task.run(self.model, batch)
+            self.samples.task.run(self.model, batch)
         return [*self._runs]
 
     def of(self, module: nn.Module, rows: int = MOST_ROWS) -> Iterator[tuple[Call, Call | None]]:
         """Run by run, of the module in the candidate and in the original; None where that has none like it, or one of
         other channels. rows: of its output, as far as there are so many."""
         other, left = self._alike.get(module), max(_FEWEST, math.ceil(rows / max(self._values[module], 1e-6)))
-        for at, batch in enumerate(self._read()):
+        for at, batch in enumerate(self.samples.read()):
             if left <= 0:
                 return
-            batch = first_samples(batch, max(self._fewest, left))
+            batch = first_samples(batch, max(self.samples.fewest, left))
             left -= batch_size(batch)
             runs = self._runs[module]
             seen = self._see(self.model, module, runs, batch, at)
-            likes = self._see(self.original, other, runs, batch, at) if other is not None else []
+            likes = self._see(self.samples.original, other, runs, batch, at) if other is not None else []
             for call, like in itertools.zip_longest(seen, likes[: len(seen)]):
                 same = like is not None and next(leaves(like.output)).shape == next(leaves(call.output)).shape
                 yield call, like if same else None
-
-    def small_batches(self, count: int, samples: int) -> Iterator[Batch]:
-        """So many, of so many samples each if the model runs with so few."""
-        size = max(self._fewest, samples)
-        every = (
-            first_samples(batch, size, start)
-            for batch in self._read()
-            for start in range(0, max(1, batch_size(batch) - size + 1), size)
-        )
-        return itertools.islice(every, count)
 
     def _see(self, model: nn.Module, module: nn.Module, runs: int, batch: Batch, at: int) -> list[Call]:
         found: list[Call] = []
@@ -95,17 +123,5 @@ class Views:
 
         replayed = self._replays[model].since([module], (at, batch_size(batch)))
         with suppress(_RanError), forward_hooks([(module, see)], with_kwargs=True), replayed:
-            self.task.run(model, batch)
+            self.samples.task.run(model, batch)
         return found
-
-    def _read(self) -> Iterator[Batch]:
-        at = 0
-        while True:
-            if at == len(self._batches):
-                batch = next(self._more, None) if self._samples < _SAMPLES else None
-                if batch is None:
-                    return
-                self._batches.append(to_device(batch, device_of(self.model)))
-                self._samples += batch_size(batch)
-            yield self._batches[at]
-            at += 1

@@ -38,7 +38,7 @@ def candidate_of(workshop: Workshop, choices: Choices, fitted: bool = True) -> C
     recipe = Recipe.of({f"{layer.name}:{name}": c for layer in workshop.anatomy.layers for name, c in choices.items()})
     candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
     if fitted:
-        reconstruct(workshop.task, candidate, workshop.original, workshop.prober.can_replay)
+        reconstruct(candidate, workshop.samples)
     candidate.materialise()
     return candidate
 
@@ -160,7 +160,7 @@ def test_what_runs_more_than_once_is_fitted_to_all_of_its_runs(tmp_path: Path) -
     workshop = workshop_of(Task(Loop(), batches, batches, batches, epochs=0), tmp_path)
     recipe = Recipe.of({"into:sparsity": 0.5})
     candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
-    reconstruct(workshop.task, candidate, workshop.original, workshop.prober.can_replay)
+    reconstruct(candidate, workshop.samples)
     found, whole = (m.into.weight.detach().double().numpy() for m in (candidate.model, workshop.original))
     rows = batches[0][0].flatten(0, 1)
     h = hessian_of(rows - rows.mean(0))
@@ -268,7 +268,7 @@ def test_a_model_of_fewer_channels_is_fitted_as_far_as_it_says_the_same(name: st
     recipe = Recipe.of({f"{layer.name}:weights": "int4" for layer in workshop.anatomy.layers} | choices)
     candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
     before = {name: tensor.clone() for name, tensor in candidate.model.state_dict().items()}
-    reconstruct(workshop.task, candidate, workshop.original, workshop.prober.can_replay)
+    reconstruct(candidate, workshop.samples)
     after = candidate.model.state_dict()
     assert [t.shape for t in after.values()] == [t.shape for t in before.values()]
     assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -281,12 +281,15 @@ def test_no_more_samples_are_run_than_a_layer_needs(tmp_path: Path) -> None:
     batches = [(torch.randn(100, 3, 8, 8), torch.randint(4, (100,))) for _ in range(3)]
     workshop = workshop_of(Task(nn.Sequential(*layers), batches, batches, batches, epochs=0), tmp_path)
     ran: list[int] = []
-    candidate = candidate_of(workshop, {"weights": "int3"}, fitted=False)
-    replays = workshop.prober.can_replay
+    candidate, later = (candidate_of(workshop, {"weights": bits}, fitted=False) for bits in ("int3", "int4"))
+    samples = workshop.samples
     workshop.original[0].register_forward_hook(lambda module, args, output: ran.append(len(output)))
-    reconstruct(workshop.task, candidate, workshop.original, replays)
+    reconstruct(candidate, samples)
     looked_at = 2
     assert [n for n in ran if n > looked_at] == [100, 100, MOST_ROWS // 64 - 200, 100, 100, 100]
+    ran.clear()
+    reconstruct(later, samples)  # what the original's head is given in the whole third batch is known by now
+    assert [n for n in ran if n > looked_at] == [100, 100, MOST_ROWS // 64 - 200, 100, 100]
 
 
 class Routed(nn.Module):

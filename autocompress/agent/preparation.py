@@ -27,11 +27,12 @@ from autocompress.files import write_file
 from autocompress.front import Base, format_accuracy
 from autocompress.probing import MANY_PROBES, needed_choices
 from autocompress.reparametrization import plain
+from autocompress.seeds import seed_everything
 from autocompress.sizes import format_size
 from autocompress.space import SearchSpace
 from autocompress.surgery import assign, tensors
 from autocompress.task import Task, check_task, fastest_device, measure
-from autocompress.trial import Workshop, seed_everything
+from autocompress.trial import Workshop
 
 PROFILING = "profiling every choice"
 WORTH_WORKERS = 10
