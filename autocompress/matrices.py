@@ -2,7 +2,7 @@
 
 Linear layers; convolutions of any dimension and number of groups, whose rows are their windows (im2col, Chellapilla et
 al., 2006); what computes with its weights itself: `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM`, `nn.GRU` and their
-cells; and modules with a forward of their own that hands a weight to one of torch's linear operations.
+cells; and modules with a forward of their own that hands a weight to one of torch's linear operations or products.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -38,16 +38,23 @@ class Call(NamedTuple):
     output: Any
 
 
-class Matrix(ABC):
+class Weight(ABC):
+    """One that may be a matrix."""
+
+    @abstractmethod
+    def seen(self, call: Call) -> tuple[Matrix, Call] | None:
+        """What it is in a run of its module, and the run as that can tell of it. None if it is no matrix."""
+
+
+class Matrix(Weight):
     """A weight [outputs, ...] that falls into groups of equally many outputs; each group multiplies rows of its own.
 
     Rows, and what is said of them, come as one tensor or more, each for the next groups that see equally many rows:
     float [groups, rows, inputs] and [groups, rows, outputs of a group].
     """
 
-    def operation(self, call: Call) -> Call | None:
-        """The run of the module as one that `rows` and `says` can be told of; None if it turns out to be no matrix."""
-        return call
+    def seen(self, call: Call) -> tuple[Matrix, Call] | None:
+        return self, call
 
     @abstractmethod
     def rows(self, call: Call) -> list[Tensor]: ...
@@ -68,18 +75,18 @@ class Matrix(ABC):
         return grouped.reshape(*shape)
 
 
-def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]]:
+def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, Weight]]:
     """(module, attribute) of each weight that is one, as far as can be told before it runs -> (the module whose runs
-    tell, matrix)."""
-    out: dict[tuple[nn.Module, str], tuple[nn.Module, Matrix]] = {}
+    tell, what it is)."""
+    out: dict[tuple[nn.Module, str], tuple[nn.Module, Weight]] = {}
     for module in model.modules():
         for (owner, attribute), matrix in _of(module):
             out.setdefault((owner, attribute), (module, matrix))
     return out
 
 
-def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Matrix]]:
-    """(module, attribute) of each weight, and the matrix that it is when `module` runs."""
+def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Weight]]:
+    """(module, attribute) of each weight, and what it is when `module` runs."""
     if runs_as(module, nn.MultiheadAttention):
         packed = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
         for attribute, parts in packed.items():
@@ -165,54 +172,51 @@ class _Transposed(_Convolution):
         return grouped.reshape(len(grouped), shape[1], inputs, *shape[2:]).transpose(1, 2).reshape(*shape)
 
 
-@dataclass(frozen=True)
-class Handed(Matrix):
-    """Of a module with a forward of its own, which may do anything with the weight. If a run hands it once to an
-    operation that multiplies by it (as convolutions that pad as TensorFlow's do), that is what the matrix says. weight:
-    its name in the module."""
-
-    weight: str
+class _Factor(_Linear):
+    """[*groups, inputs, outputs]: its rows stand before it in a product."""
 
     def rows(self, call: Call) -> list[Tensor]:
-        return _MATRICES[type(call.module)].rows(call)
+        x = input_of(*call.args)
+        return [_by_factor(x.expand(*call.output.shape[:-1], x.shape[-1]), call.module.weight)]
 
     def says(self, call: Call) -> list[Tensor]:
-        return _MATRICES[type(call.module)].says(call)
+        return [_by_factor(call.output, call.module.weight)]
 
-    def bias(self, module: Any) -> Tensor | None:
-        """The one beside the weight."""
-        owner, _, _ = self.weight.rpartition(".")
-        bias = getattr(module.get_submodule(owner), "bias", None)
-        return bias if isinstance(bias, Tensor) else None
+    def grouped(self, weight: Tensor, groups: int) -> Tensor:
+        return weight.reshape(groups, *weight.shape[-2:]).mT
 
-    def operation(self, call: Call) -> Call | None:
-        """That operation, of the module run once more, as a run of one of torch's modules."""
-        weight, bias = call.module.get_parameter(self.weight), self.bias(call.module)
-        found: list[tuple[Any, _Operands, Tensor]] = []
+    def restored(self, grouped: Tensor, shape: Sequence[int]) -> Tensor:
+        return grouped.mT.reshape(*shape)
+
+
+@dataclass(frozen=True)
+class Handed(Weight):
+    """Of a module with a forward of its own, which may do anything with the weight. If a run hands it once to an
+    operation that multiplies by it (as convolutions that pad as TensorFlow's do, or the layers of GPT-2), that is what
+    it is. name: in the module."""
+
+    name: str
+
+    def seen(self, call: Call) -> tuple[Matrix, Call] | None:
+        """By the module run once more, in which the operation is taken for one of torch's modules."""
+        weight, found = call.module.get_parameter(self.name), list[tuple[Matrix, Call]]()
 
         class Watch(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 output = func(*args, **(kwargs or {}))
                 if func in _OPERATIONS:
-                    operands = _Operands(*args, **(kwargs or {}))
-                    if operands.weight is weight:
-                        found.append((_OPERATIONS[func], operands, output))
+                    operands, kind = _OPERATIONS[func]
+                    given = operands(*args, **(kwargs or {}))
+                    if _is(given.weight, weight):
+                        found.append(_as_module(kind, given, weight, [*call.module.parameters()], output))
                 return output
 
         try:
             with Watch():
                 again = call.module(*call.args, **call.kwargs)
-            if not close(again, call.output):
-                return None
+            return found[0] if len(found) == 1 and close(again, call.output) else None
         except Exception:  # whatever it does when it is run twice
             return None
-        if len(found) != 1 or (bias is not None and found[0][1].bias is not bias):
-            return None
-        (kind, operands, output), shape = found[0], weight.shape
-        settings = operands[3:] if weight.ndim > 2 else ()
-        module = kind(shape[1] * operands.groups, shape[0], *[shape[2:]][: weight.ndim - 2], *settings, device="meta")
-        module.weight, module.bias = weight, bias
-        return Call(module, (operands.input,), {}, output)
 
 
 class _Operands(NamedTuple):
@@ -227,13 +231,49 @@ class _Operands(NamedTuple):
     groups: int = 1
 
 
-_OPERATIONS: dict[Any, Any] = {
-    torch.nn.functional.linear: nn.Linear,
-    torch.nn.functional.conv1d: nn.Conv1d,
-    torch.nn.functional.conv2d: nn.Conv2d,
-    torch.nn.functional.conv3d: nn.Conv3d,
+def _product(input: Tensor, other: Tensor) -> _Operands:
+    return _Operands(input, other)
+
+
+def _product_of_matrices(input: Tensor, mat2: Tensor) -> _Operands:
+    return _Operands(input, mat2)
+
+
+def _sum_of_product(input: Tensor, mat1: Tensor, mat2: Tensor) -> _Operands:
+    return _Operands(mat1, mat2, input)
+
+
+_OPERATIONS: dict[Any, tuple[Callable[..., _Operands], Any]] = {
+    torch.nn.functional.linear: (_Operands, nn.Linear),
+    torch.nn.functional.conv1d: (_Operands, nn.Conv1d),
+    torch.nn.functional.conv2d: (_Operands, nn.Conv2d),
+    torch.nn.functional.conv3d: (_Operands, nn.Conv3d),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), (_product, None)),
+    **dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), (_product_of_matrices, None)),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), (_sum_of_product, None)),
 }
-_MATRICES = {kind: _Linear() if kind is nn.Linear else _Convolution() for kind in _OPERATIONS.values()}
+"""What they are given, by their arguments, and the module that does the same; None for a product."""
+
+
+def _is(operand: Any, weight: Tensor) -> bool:
+    """Whether it is the weight, as it is or, of two dimensions, the other way round."""
+    turned = weight.ndim == 2 and operand._base is weight and operand.shape == weight.mT.shape
+    return operand is weight or (turned and operand.stride() == weight.mT.stride())
+
+
+def _as_module(
+    kind: Any, given: _Operands, weight: Tensor, own: Sequence[Tensor], output: Tensor
+) -> tuple[Matrix, Call]:
+    """The run of an operation as one of a module that has the weight, and the bias if that is among its `own`."""
+    shape, matrix, module = weight.shape, _Linear(), nn.Module()
+    if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        matrix, module = _Convolution(), kind(shape[1] * given.groups, shape[0], shape[2:], *given[3:], device="meta")
+    elif (given.weight is weight) == (kind is None):
+        matrix = _Factor()
+        assert output.shape[-weight.ndim : -2] == shape[:-2]
+    known = given.bias is not None and given.bias.ndim == 1 and any(given.bias is parameter for parameter in own)
+    vars(module).update(weight=weight, bias=given.bias if known else None)
+    return matrix, Call(module, (given.input,), {}, output)
 
 
 @dataclass(frozen=True)
@@ -362,6 +402,13 @@ def _inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tu
 
 def _sequence(input: Any, hx: Any = None) -> tuple[Any, Any]:
     return input, hx
+
+
+def _by_factor(x: Tensor, weight: Tensor) -> Tensor:
+    """[..., *groups, n, features] -> [groups, rows, features]."""
+    if weight.ndim == 2:
+        return _flat(x)
+    return x.reshape(-1, weight.shape[:-2].numel(), *x.shape[-2:]).transpose(0, 1).flatten(1, 2)
 
 
 def _batched(conv: Any, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from autocompress.compression import Candidate, ShadowedLayer, asked, drawn_mask
 from autocompress.curvature import squared_gradients
-from autocompress.matrices import Call, Handed, Matrix, by_place, input_of, matrices, runs_as
+from autocompress.matrices import Call, Handed, Matrix, Weight, by_place, input_of, matrices, runs_as
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
 from autocompress.views import Samples, Views
@@ -56,7 +56,7 @@ class _Part(NamedTuple):
     """A layer or a batch norm, by the module whose runs tell of it. matrix: None for an embedding or a norm."""
 
     module: nn.Module
-    matrix: Matrix | None
+    matrix: Weight | None
 
 
 class _Fit(NamedTuple):
@@ -93,11 +93,10 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
                 _recalibrate(norm, views.of(norm))
             case table, None if asked(targets[name]):
                 _thin_out(candidate, candidate.layers[name], views.of(table, _LOOKUPS), targets[name])
-            case module, Matrix() as matrix:
-                bias = matrix.bias(module)
-                fit = _fit(matrix, views.of(module), bias is not None)
-                if fit is not None:
-                    _compress(candidate, fitted[name], matrix, bias, fit, squares.get(name), targets[name])
+            case module, Weight() as weight:
+                found = _fit(weight, views.of(module))
+                if found is not None:
+                    _compress(candidate, fitted[name], *found, squares.get(name), targets[name])
                 fitted[name].parameter.copy_(fitted[name].effective())
 
 
@@ -109,7 +108,7 @@ def _parts(candidate: Candidate) -> dict[str, _Part]:
         tables = [module for module, _ in places[shadow.key] if runs_as(module, nn.Embedding, nn.EmbeddingBag)]
         if tables:
             out[name] = _Part(tables[0], None)
-        elif not others and place in known and known[place][1].grouped(shadow.dense, 1).shape[-1] <= _WIDEST:
+        elif not others and place in known:
             out[name] = _Part(*known[place])
     for name, module in candidate.model.named_modules():
         if isinstance(module, Norm) and module.running_var is not None:
@@ -129,22 +128,26 @@ def _used_by_parents(candidate: Candidate, idle: Mapping[str, _Part]) -> dict[st
     return out
 
 
-def _fit(matrix: Matrix, views: Iterator[tuple[Call, Call | None]], centred: bool) -> _Fit | None:
-    """None if the layer does not run any more, is given nothing, or turns out to be no matrix. centred: the means are
-    taken out."""
+def _fit(weight: Weight, views: Iterator[tuple[Call, Call | None]]) -> tuple[Matrix, Tensor | None, _Fit] | None:
+    """With the matrix that it is, and its bias. None if the layer does not run any more, is given nothing, has too many
+    inputs, or turns out to be no matrix."""
     sums: list[list[Tensor]] = []
     origins: list[tuple[Tensor, Tensor]] = []
     for seen, like in views:
-        operation, others = matrix.operation(seen), like and matrix.operation(like)
-        if operation is None:
+        own, others = weight.seen(seen), like and weight.seen(like)
+        if own is None:
             return None
-        said = matrix.says(operation)
-        wanted = matrix.says(others) if others else said
-        rows = [(x.double(), (z - y).double()) for x, y, z in zip(matrix.rows(operation), said, wanted, strict=True)]
+        matrix, call = own
+        said, bias = matrix.says(call), matrix.bias(call.module)
+        wanted = others[0].says(others[1]) if others else said
+        pairs = [*zip(matrix.rows(call), said, wanted, strict=True)]
+        if any(x.shape[2] > _WIDEST for x, _, _ in pairs):
+            return None
+        rows = [(x.double(), (z - y).double()) for x, y, z in pairs]
         if not sums:
             sums = [_sums(a[:, :0], d[:, :0]) for a, d in rows]
             # counted from near their mean: what is left when that is taken out is not round-off
-            origins = [(_origin(a, centred), _origin(d, centred)) for a, d in rows]
+            origins = [(_origin(a, bias is not None), _origin(d, bias is not None)) for a, d in rows]
         for part, (a, d), (x, y) in zip(sums, rows, origins, strict=True):
             for known, more in zip(part, _sums(a - x, d - y), strict=True):
                 known += more
@@ -154,11 +157,11 @@ def _fit(matrix: Matrix, views: Iterator[tuple[Call, Call | None]], centred: boo
     if not count.all():
         return None
     input, lack = total / count[:, None], lacking / count[:, None]
-    if centred:
+    if bias is not None:
         hessian -= total[:, :, None] * input[:, None]
         pull -= total[:, :, None] * lack[:, None]
     x, y = (torch.cat(each)[:, 0] for each in zip(*origins, strict=True))
-    return _Fit(count, hessian, pull, input + x, lack + y)
+    return matrix, bias, _Fit(count, hessian, pull, input + x, lack + y)
 
 
 def _sums(a: Tensor, d: Tensor) -> list[Tensor]:

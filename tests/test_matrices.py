@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.utils import rnn as rnn_utils
 
-from autocompress.matrices import MOST_ROWS, Call, Matrix, matrices
+from autocompress.matrices import MOST_ROWS, Call, Matrix, Weight, matrices
 
 
 def calls_of(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Call:
@@ -22,6 +23,12 @@ def calls_of(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> 
     handle.remove()
     (call,) = calls
     return call
+
+
+def seen(weight: Weight, call: Call) -> tuple[Matrix, Call]:
+    found = weight.seen(call)
+    assert found is not None
+    return found
 
 
 def products(call: Call, matrix: Matrix, weight: Tensor) -> list[Tensor]:
@@ -60,8 +67,9 @@ def test_a_layer_is_its_matrix_times_its_rows(layer: Any, batched: bool) -> None
     places = (6,) if isinstance(layer, nn.Linear) else (3, 8, 9)[5 - layer.weight.ndim :]
     shape = (6, 9) if isinstance(layer, nn.Linear) else (layer.in_channels, *places)
     call = calls_of(layer, layer, torch.randn((2, *shape) if batched else shape))
-    ((module, matrix),) = matrices(layer).values()
+    ((module, weight),) = matrices(layer).values()
     assert module is layer
+    matrix, call = seen(weight, call)
     said = [group for part in matrix.says(call) for group in part]
     torch.testing.assert_close(products(call, matrix, layer.weight), said)
     every = call.output if isinstance(layer, nn.Linear) else call.output.movedim(-layer.weight.ndim + 1, -1)
@@ -71,7 +79,8 @@ def test_a_layer_is_its_matrix_times_its_rows(layer: Any, batched: bool) -> None
 def test_of_many_windows_some_are_drawn() -> None:
     layer = nn.Conv2d(3, 4, 3)
     call = calls_of(layer, layer, torch.randn(10, 3, 52, 52))
-    ((_, matrix),) = matrices(layer).values()
+    ((_, weight),) = matrices(layer).values()
+    matrix, call = seen(weight, call)
     (said,) = matrix.says(call)[0]
     assert said.shape == (MOST_ROWS, 4)
     torch.testing.assert_close(products(call, matrix, layer.weight), [said])
@@ -107,10 +116,11 @@ def test_attention_multiplies_what_it_is_given_and_what_its_heads_say(given: str
         inputs = [query, memory[..., :5], memory[..., :7]]
     call = calls_of(module, module, *inputs[:2], value=inputs[2], need_weights=False)
     known, rows = matrices(module), list[Tensor]()
-    for (owner, attribute), (runs, matrix) in known.items():
+    for (owner, attribute), (runs, found) in known.items():
         weight = getattr(owner, attribute)
         assert runs is module
         if weight is not None:
+            matrix, call = seen(found, call)
             said = [group for part in matrix.says(call) for group in part]
             torch.testing.assert_close(products(call, matrix, weight), said)
             rows += [group for part in matrix.rows(call) for group in part]
@@ -153,7 +163,8 @@ def test_recurrent_layers_multiply_what_they_are_given_and_what_they_said_a_step
     h = torch.randn(rnn.num_layers * len(ways), 3, 6) if "states" in given else None
     if h is not None:
         args.append((h, h) if kind is nn.LSTM else h)
-    call, known = calls_of(rnn, rnn, *args), {name: matrix for (_, name), (_, matrix) in matrices(rnn).items()}
+    call = calls_of(rnn, rnn, *args)
+    known = {name: seen(weight, call)[0] for (_, name), (_, weight) in matrices(rnn).items()}
     with torch.no_grad():
         for layer in range(rnn.num_layers):
             after = []
@@ -181,7 +192,7 @@ def test_cells_are_matrices_that_multiply_what_they_are_given_and_their_state(
     call = calls_of(cell, cell, x, state)
     for name, value in (("ih", x), ("hh", h if given else torch.zeros_like(h))):
         weight, bias = getattr(cell, f"weight_{name}"), getattr(cell, f"bias_{name}")
-        _, matrix = matrices(cell)[cell, f"weight_{name}"]
+        matrix, call = seen(matrices(cell)[cell, f"weight_{name}"][1], call)
         expected = torch.atleast_2d(value) @ weight.T + bias
         torch.testing.assert_close(products(call, matrix, weight), [expected])
         torch.testing.assert_close(matrix.says(call), [expected[None]])
@@ -216,6 +227,18 @@ class Gated(nn.Module):
         return torch.sigmoid(y), self.times
 
 
+class Product(nn.Module):
+    """Of no class of torch's. product: of what comes in, the weight and the bias."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.product, self.weight = product, nn.Parameter(torch.randn(shape))
+        self.bias = nn.Parameter(torch.randn(shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
 class InPlace(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x.relu_().sub_(1), self.weight, self.bias)
@@ -237,33 +260,66 @@ HANDED = {
     "without bias": (Same(3, 5, 2, bias=False), torch.randn(4, 3, 7, 8)),
     "depthwise": (Same(6, 6, 3, groups=6), torch.randn(4, 6, 7, 8)),
     "its own class": (Gated(), torch.randn(4, 3, 9)),
+    "addmm": (Product(lambda x, w, b: torch.addmm(b, x, w), 9, 5), torch.randn(4, 9)),
+    "mm": (Product(lambda x, w, b: x.mm(mat2=w), 9, 5), torch.randn(4, 9)),
+    "@": (Product(lambda x, w, b: x @ w, 9, 5), torch.randn(4, 3, 9)),
+    "@ of a vector": (Product(lambda x, w, b: x @ w, 9, 5), torch.randn(9)),
+    "@ and a bias": (Product(lambda x, w, b: x @ w + b, 9, 5), torch.randn(4, 9)),
+    "@ the other way round": (Product(lambda x, w, b: x @ w.T, 5, 9), torch.randn(4, 3, 9)),
+    "@ of a square, the other way round": (Product(lambda x, w, b: x @ w.T, 9, 9), torch.randn(4, 9)),
+    "linear, the other way round": (Product(lambda x, w, b: linear(x, w.t(), b), 9, 5), torch.randn(4, 9)),
+    "experts": (Product(lambda x, w, b: torch.bmm(x, w), 3, 9, 5), torch.randn(3, 4, 9)),
+    "experts, all of which are given the same": (
+        Product(lambda x, w, b: torch.matmul(x, w), 3, 9, 5),
+        torch.randn(4, 9),
+    ),
+    "experts of samples": (Product(lambda x, w, b: x @ w, 3, 9, 5), torch.randn(2, 3, 4, 9)),
 }
 
 
 @pytest.mark.parametrize("kind", HANDED)
 def test_forwards_that_hand_their_weight_on_are_matrices(kind: str) -> None:
     layer, x = HANDED[kind]
-    ((place, (module, matrix)),) = matrices(nn.Sequential(layer)).items()
+    known = matrices(nn.Sequential(layer))
+    (place, (module, weight)) = next(iter(known.items()))
+    assert module is layer
     with torch.no_grad():
-        call = matrix.operation(calls_of(layer, layer, x))
-        assert call is not None
+        matrix, call = seen(weight, calls_of(layer, layer, x))
         said = [group for part in matrix.says(call) for group in part]
         for a, b in zip(products(call, matrix, getattr(*place)), said, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
         if isinstance(layer, nn.Conv2d):
             outputs = torch.stack(said).movedim(1, 2).flatten(0, 1)
             assert torch.allclose(outputs, layer(x).movedim(1, 0).flatten(1), atol=1e-5)
-        else:
+        elif isinstance(layer, Gated):
             assert torch.allclose(torch.sigmoid(said[0]), layer(x)[0].flatten(0, 1), atol=1e-5)
-    assert module is layer
+        else:
+            beside = layer.bias if kind == "@ and a bias" else 0
+            every = layer(x)
+            if "experts" in kind:
+                every = every.reshape(-1, *every.shape[-3:]).transpose(0, 1).flatten(1, 2)
+            assert torch.allclose(torch.stack(said) + beside, every.reshape(len(said), -1, every.shape[-1]), atol=1e-5)
+    assert (matrix.bias(call.module) is None) == (
+        kind not in ("same", "depthwise", "its own class", "addmm", "linear, the other way round")
+    )
 
 
 @pytest.mark.parametrize(
-    "layer", [Standardised(9, 5, 1), Gated(2), InPlace(9, 5), Stateful(9, 5)], ids=lambda layer: type(layer).__name__
+    "layer",
+    [
+        Standardised(9, 5, 1),
+        Gated(2),
+        InPlace(9, 5),
+        Stateful(9, 5),
+        Product(lambda x, w, b: x @ w.exp(), 9, 5),
+        Product(lambda x, w, b: torch.addmm(b, x, w, alpha=2), 9, 5),
+        Product(lambda x, w, b: x @ w[0], 3, 9, 5),
+    ],
+    ids=lambda layer: type(layer).__name__,
 )
 def test_what_is_not_handed_on_once_or_as_it_is_says_nothing(layer: nn.Module) -> None:
     x = torch.randn(4, 9, 3, 3) if isinstance(layer, nn.Conv2d) else torch.randn(4, 9)
-    ((_, (_, matrix)),) = matrices(nn.Sequential(layer)).items()
+    _, weight = next(iter(matrices(nn.Sequential(layer)).values()))
     call = calls_of(layer, layer, x)
     with torch.no_grad():
-        assert matrix.operation(call) is None
+        assert weight.seen(call) is None

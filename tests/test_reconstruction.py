@@ -314,6 +314,52 @@ def test_a_layer_that_is_given_nothing_at_first_is_fitted_to_what_comes_later(tm
     assert not torch.equal(fitted.expert.weight, rounded.expert.weight)
 
 
+class Bmm(nn.Module):
+    """Four experts in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 16, 8) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(32, 4) / 6), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.experts, self.out = nn.Linear(16, 64), Bmm(), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.experts(self.into(x).relu().view(-1, 4, 16).transpose(0, 1))
+        out: Tensor = self.out(y.transpose(0, 1).flatten(1))
+        return out
+
+
+@pytest.mark.parametrize("choices", [{"weights": "int3"}, {"sparsity": 0.5}], ids=str)
+def test_products_of_rows_and_weights_are_fitted(choices: Choices, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mixed = torch.randn(16, 16)
+    batches = [(torch.randn(256, 16) @ mixed, torch.randint(4, (256,))) for _ in range(3)]
+    workshop = workshop_of(Task(Mixture(), batches[:2], batches[2:], batches[2:], epochs=0), tmp_path)
+    fitted, rounded = (candidate_of(workshop, choices, fit).model for fit in (True, False))
+    (x, _), model = batches[2], workshop.original
+    with torch.no_grad():
+        off = [float((other(x) - model(x)).square().mean()) for other in (fitted, rounded)]
+    assert off[0] < 0.7 * off[1]
+    for name in ("experts", "out"):
+        assert not torch.equal(getattr(fitted, name).weight, getattr(rounded, name).weight), name
+
+
 class Whole(nn.Module):
     """Runs with batches of 64 only."""
 
