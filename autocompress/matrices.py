@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
 
+from autocompress.hooks import Watch
 from autocompress.nested import close, leaves, map_leaves
 
 MOST_ROWS = 16_384
@@ -201,18 +201,15 @@ class Handed(Weight):
         """By the module run once more, in which the operation is taken for one of torch's modules."""
         weight, found = call.module.get_parameter(self.name), list[tuple[Matrix, Call]]()
 
-        class Watch(TorchFunctionMode):
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                output = func(*args, **(kwargs or {}))
-                if func in _OPERATIONS:
-                    operands, kind = _OPERATIONS[func]
-                    given = operands(*args, **(kwargs or {}))
-                    if _is(given.weight, weight):
-                        found.append(_as_module(kind, given, weight, [*call.module.parameters()], output))
-                return output
+        def see(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+            if func in _OPERATIONS:
+                operands, kind = _OPERATIONS[func]
+                given = operands(*args, **kwargs)
+                if _is(given.weight, weight):
+                    found.append(_as_module(kind, given, weight, [*call.module.parameters()], output))
 
         try:
-            with Watch():
+            with Watch(see):
                 again = call.module(*call.args, **call.kwargs)
             return found[0] if len(found) == 1 and close(again, call.output) else None
         except Exception:  # whatever it does when it is run twice

@@ -20,7 +20,7 @@ def put_channels_last(model: nn.Module, calibration: Calibration) -> None:
     """Unless the model, the loss or the metric cannot do with what comes out of them then (`view`)."""
     if _is_risky(model) or not any(isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) for module in model.modules()):
         return
-    tried = copy.deepcopy(model)
+    calibration, tried = calibration.shortened(model), copy.deepcopy(model)
     convert_conv2d_weight_memory_format(tried, torch.channels_last)
     with suppress(Exception):  # whatever a user's own code makes of it
         torch.autograd.backward(calibration.loss(tried.train()))

@@ -2,23 +2,25 @@
 
 Of a model in which one layer is changed, every module that had ended before that layer began says what it said. Of
 these outputs those are kept that the rest of the model looks at, which one run under watch tells; they are handed back
-instead of being computed again, and nothing of what led to them is computed.
+instead of being computed again, and nothing of what led to them is computed. Where the rest of the model computes with
+an output, but nothing with what comes of that (as between layers of which the model itself takes the ReLU), only its
+shape is kept.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from autocompress.hooks import Watch
 from autocompress.nested import cloned, close, leaves, map_leaves
 from autocompress.surgery import owners
 
@@ -29,16 +31,38 @@ Forward = Callable[..., Any]
 Modules = frozenset[nn.Module]
 
 
-@dataclass
-class _Call:
-    """The only time that a module ran. within: the modules that were running. uses: of its output, each the modules
-    that were running then."""
+@dataclass(frozen=True)
+class _Operation:
+    """A call of one of torch's functions. within: the modules that were running. reads, makes: places in memory of the
+    tensors that it was given and gave; where it gave none, what it read may go anywhere."""
 
-    began: int
+    within: Modules
+    reads: frozenset[int]
+    makes: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The only time that a module ran. within: the modules that were running. gives: as `_Operation.makes`.
+    stand_in: its output without numbers."""
+
+    module: nn.Module
     ended: int
     within: Modules
+    gives: frozenset[int]
+    stand_in: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, ended: int, within: Modules, output: Any) -> _Call:
+        empty = map_leaves(output, lambda leaf: leaf if leaf is None else leaf.new_empty(0))
+        return cls(module, ended, within, _places(output), empty)
+
+
+class _Said(NamedTuple):
+    """Of a module, of one batch. whole: with its numbers, and not only its shape."""
+
     output: Any
-    uses: Sequence[Modules] = ()
+    whole: bool
 
 
 class Replay:
@@ -46,89 +70,90 @@ class Replay:
     is always run."""
 
     def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
-        calls, running = defaultdict[nn.Module, list[_Call]](list), list[nn.Module]()
-        uses, clock = defaultdict[int, list[tuple[int, Modules]]](list), itertools.count()
+        running, clock, calls = list[nn.Module](), itertools.count(), Counter[nn.Module]()
+        self._began: dict[nn.Module, int] = {}
+        events: list[_Operation | tuple[nn.Module, int, Modules, Any]] = []
 
         def timed(module: nn.Module, forward: Forward) -> Forward:
             def call(*args: Any, **kwargs: Any) -> Any:
-                began, within = next(clock), frozenset(running)
+                calls[module] += 1
+                self._began.setdefault(module, next(clock))
+                within = frozenset(running)
                 running.append(module)
                 output = forward(*args, **kwargs)
                 running.pop()
-                calls[module].append(_Call(began, next(clock), within, output))
+                events.append((module, next(clock), within, output))
                 return output
 
             return call
 
-        class Watch(TorchFunctionMode):
-            def __torch_function__(
-                self, func: Forward, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-            ) -> Any:
-                note((*args, kwargs or {}))
-                return func(*args, **(kwargs or {}))
+        def see(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+            events.append(_Operation(frozenset(running), _places((*args, kwargs)), _places(output)))
+            made.append(output)
 
-        def note(used: Any) -> None:
-            for leaf in leaves(used):
-                uses[id(leaf)].append((next(clock), frozenset(running)))
-
-        with _instead(model.modules(), timed), Watch():
+        made: list[Any] = []  # kept as long as the model runs: no place becomes another's
+        with _instead(model.modules(), timed), Watch(see):
             output = run()
-        note(output)
-        self._began = {module: made[0].began for module, made in calls.items()}
-        self._calls: dict[nn.Module, _Call] = {}
-        for module, (call, *more) in calls.items():
-            if not more and _is_plain(call.output):
-                seen = [use for leaf in leaves(call.output) for use in uses[id(leaf)]]
-                call.uses = [modules for at, modules in seen if at > call.ended]  # before, the id was another's
-                self._calls[module] = call
-        for call in self._calls.values():
-            call.output = map_leaves(call.output, lambda leaf: leaf if leaf is None else leaf.new_empty(0))
+        self._gives = _places(output)
+        self._events: list[_Operation | _Call] = []
+        for event in reversed(events):
+            if isinstance(event, _Operation):
+                self._events.append(event)
+            elif calls[event[0]] == 1 and _is_plain(event[3]):
+                self._events.append(_Call.of(*event))
+        self._ended = {event.module: event.ended for event in self._events if isinstance(event, _Call)}
         self._parents = {child: module for module in model.modules() for child in module.children()}
-        self._said: dict[tuple[nn.Module, Hashable], Any] = {}
+        self._said: dict[tuple[nn.Module, Hashable], _Said] = {}
 
     @contextmanager
     def since(self, changed: Collection[nn.Module], batch: Hashable) -> Iterator[None]:
         """Until the block ends, the model runs from the first of `changed` on. batch: which one it runs with; outputs
         are kept under that name."""
         start = min((self.start(module) for module in changed), default=0)
-        ended = {module for module, call in self._calls.items() if call.ended < start}
-        runs, says = set[nn.Module](), dict[nn.Module, Any]()
-
-        def is_live(modules: Modules) -> bool:
-            return runs.issuperset(modules & ended)
-
-        boundary = set[nn.Module]()
-        for module in sorted(ended, key=lambda module: -self._calls[module].ended):
-            call = self._calls[module]
-            if not is_live(call.within):
-                continue
-            if not any(map(is_live, call.uses)):
-                says[module] = call.output
-                continue
-            if not call.within & ended and any(not use & ended for use in call.uses):
-                boundary.add(module)
-            if (module, batch) in self._said:
-                says[module] = self._said[module, batch]
+        ended = {module for module, at in self._ended.items() if at < start}
+        runs, says, keeps = set[nn.Module](), dict[nn.Module, _Said](), dict[nn.Module, bool]()
+        for call, tells in self._looked_at(ended, set()):
+            if tells is not None:
+                keeps[call.module] = tells
+        for call, tells in self._looked_at(ended, runs):
+            said = _Said(call.stand_in, whole=False) if tells is None else self._said.get((call.module, batch))
+            if said is None or (tells and not said.whole):
+                runs.add(call.module)
             else:
-                runs.add(module)
+                says[call.module] = said
 
         def kept(module: nn.Module, forward: Forward) -> Forward:
             def call(*args: Any, **kwargs: Any) -> Any:
                 if module in says:
-                    return cloned(says[module])
-                output = forward(*args, **kwargs)
-                self._said[module, batch] = cloned(output)
+                    output, whole = says[module]
+                    return cloned(output) if whole else map_leaves(output, _filled)
+                output, whole = forward(*args, **kwargs), keeps[module]
+                self._said[module, batch] = _Said(cloned(output) if whole else map_leaves(output, _hollow), whole)
                 return output
 
             return call
 
         try:
-            with _instead(says.keys() | (runs & boundary), kept):
+            with _instead(says.keys() | (runs & keeps.keys()), kept):
                 yield
         finally:
-            self._said = {key: said for key, said in self._said.items() if key[0] in boundary or key[1] != batch}
+            self._said = {key: said for key, said in self._said.items() if key[0] in keeps or key[1] != batch}
             while sum(map(_bytes, self._said.values())) > KEPT_BYTES:
                 del self._said[max(self._said, key=lambda key: _bytes(self._said[key]))]
+
+    def _looked_at(self, ended: Set[nn.Module], runs: Set[nn.Module]) -> Iterator[tuple[_Call, bool | None]]:
+        """The calls of modules that had `ended`, the last first, and whether the numbers that they gave tell; None if
+        nobody so much as computes with them. runs: those that run all the same, with what is within."""
+        wanted, touched = set(self._gives), set[int]()
+        for event in self._events:
+            if not runs >= event.within & ended:
+                continue
+            if isinstance(event, _Operation):
+                tells = not event.makes or not wanted.isdisjoint(event.makes)
+                (wanted if tells else touched).update(event.reads)
+            elif event.module in ended:
+                tells = not wanted.isdisjoint(event.gives)
+                yield event, tells if tells or not touched.isdisjoint(event.gives) else None
 
     def start(self, module: nn.Module) -> int:
         """When it began or, where its parent computes with its weights, that."""
@@ -162,13 +187,31 @@ def _says_the_same(model: nn.Module, batches: Sequence[Any], run: Callable[[nn.M
     return True
 
 
+def _places(value: Any) -> frozenset[int]:
+    """Of its tensors, the same for views of one; of those that are not dense, their ids."""
+    return frozenset(
+        leaf.untyped_storage().data_ptr() if leaf.layout == torch.strided else id(leaf)
+        for leaf in leaves(value)
+        if isinstance(leaf, Tensor)
+    )
+
+
+def _hollow(leaf: Tensor | None) -> Tensor | None:
+    """Zeros of its shape, which take no memory."""
+    return None if leaf is None else leaf.new_zeros(()).expand(leaf.shape)
+
+
+def _filled(hollow: Tensor | None) -> Tensor | None:
+    return None if hollow is None else hollow.new_zeros(hollow.shape)
+
+
 def _is_plain(output: Any) -> bool:
     """Whether it is made of dense tensors."""
     return all(leaf is None or (isinstance(leaf, Tensor) and leaf.layout == torch.strided) for leaf in leaves(output))
 
 
-def _bytes(output: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(output) if leaf is not None)
+def _bytes(said: _Said) -> int:
+    return sum(leaf.untyped_storage().nbytes() for leaf in leaves(said.output) if leaf is not None)
 
 
 @contextmanager

@@ -129,6 +129,35 @@ def test_what_never_ran_changes_what_computes_with_it() -> None:
         assert same(run(model, x), plain)
 
 
+class Functional(nn.Module):
+    """Takes the ReLU of its layers itself, also in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = Counting(6, 6), Counting(6, 6), Counting(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.first(x))
+        x = torch.relu(self.second(x))
+        out: Tensor = self.last(x.view(len(x), -1))
+        return out
+
+
+def test_only_the_shape_is_kept_of_what_is_computed_with_for_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Functional().eval(), torch.randn(4, 6)
+    assert can_replay(model, [x, -x], run)
+    again, plain = Replay(model, lambda: run(model, x)), run(model, x)
+    before = [layer.ran for layer in model.children()]
+    for changed, expected in ((model.last, [1, 1, 1]), (model.last, [1, 1, 2]), (model.second, [2, 2, 3])):
+        with again.since([changed], 0):
+            assert same(run(model, x), plain)
+        assert [layer.ran - ran for layer, ran in zip(model.children(), before, strict=True)] == expected
+        whole = {model.second} if changed is model.last else {model.first}
+        assert {module for (module, _), said in again._said.items() if said.whole} == whole
+        assert sum(replay._bytes(said) for said in again._said.values() if not said.whole) <= 4
+
+
 class Both(nn.Module):
     """Its head looks at a large and at a small output."""
 

@@ -21,6 +21,7 @@ from autocompress.agent.payload import payload
 from autocompress.agent.profile import Profile
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.agent.run_folder import BASE, LOG, PROFILE
+from autocompress.allocator import return_freed_memory
 from autocompress.chance import chance_accuracy
 from autocompress.errors import TargetError
 from autocompress.files import write_file
@@ -137,6 +138,7 @@ class Preparation:
         self.gpus = min(1.0, gpus / self.workers)
         self.tell(PROFILING, base=self.base)
         self.profile = self._profile()
+        return_freed_memory()
         self._check_size()
 
     def _original(self) -> nn.Module:
