@@ -192,8 +192,8 @@ class _Factor(_Linear):
 @dataclass(frozen=True)
 class Handed(Weight):
     """Of a module with a forward of its own, which may do anything with the weight. If a run hands it once to an
-    operation that multiplies by it (as convolutions that pad as TensorFlow's do, or the layers of GPT-2), that is what
-    it is. name: in the module."""
+    operation that multiplies by it (as convolutions that pad as TensorFlow's do, or experts that share a tensor), that
+    is what it is. name: in the module."""
 
     name: str
 

@@ -45,8 +45,8 @@ class Prober:
         self.task, self.batches = task, batches
         self.batch_statistics = bool(batches) and batch_size(batches[0]) >= _FEW
         self.references = [self._run(original, batch) for batch in batches]
-        few = Calibration(task, batches).shortened(original).batches[:2]
-        self.can_replay = can_replay(original, few, lambda model, batch: self._run(model, batch)[0])
+        self._few = Calibration(task, batches).shortened(original).batches[:2]
+        self.can_replay = can_replay(original, self._few, lambda model, batch: self._run(model, batch)[0])
 
     def on_first(self, count: int) -> Prober:
         """Itself, on so many of its batches."""
@@ -82,7 +82,7 @@ class Prober:
         progress: told about ten times which share is done.
         """
         candidate.materialise()
-        replay = Replay(candidate.model, lambda: self.can_replay and self._run(candidate.model, self.batches[0]))
+        replay = Replay(candidate.model, lambda: self.can_replay and self._run(candidate.model, self._few[0]))
         here = self.distance(candidate.model)
         out: dict[str, dict[str, float]] = {}
         present_choices = candidate.recipe.as_dict()
