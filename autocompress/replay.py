@@ -111,10 +111,8 @@ class Replay:
         are kept under that name."""
         start = min((self.start(module) for module in changed), default=0)
         ended = {module for module, at in self._ended.items() if at < start}
-        runs, says, keeps = set[nn.Module](), dict[nn.Module, _Said](), dict[nn.Module, bool]()
-        for call, tells in self._looked_at(ended, set()):
-            if tells is not None:
-                keeps[call.module] = tells
+        runs, says = set[nn.Module](), dict[nn.Module, _Said]()
+        keeps = {call.module: tells for call, tells in self._looked_at(ended, set()) if tells is not None}
         for call, tells in self._looked_at(ended, runs):
             said = _Said(call.stand_in, whole=False) if tells is None else self._said.get((call.module, batch))
             if said is None or (tells and not said.whole):

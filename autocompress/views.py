@@ -49,8 +49,10 @@ class Samples:
         at = 0
         while True:
             if at == len(self._batches):
+                if self._count >= _SAMPLES:
+                    return
                 with seeded(1 + at):
-                    batch = next(self._more, None) if self._count < _SAMPLES else None
+                    batch = next(self._more, None)
                 if batch is None:
                     return
                 self._batches.append(to_device(batch, device_of(self.original)))
