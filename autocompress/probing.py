@@ -24,6 +24,7 @@ from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names
 from autocompress.replay import Replay, can_replay
+from autocompress.seeds import seeded
 from autocompress.space import BoundDimension, BoundSpace, without_void
 from autocompress.surgery import assign, owners
 from autocompress.task import Calibration, Task, batch_size
@@ -44,7 +45,7 @@ class Prober:
     def __init__(self, task: Task, original: nn.Module, batches: Sequence[Any]) -> None:
         self.task, self.batches = task, batches
         self.batch_statistics = bool(batches) and batch_size(batches[0]) >= _FEW
-        self.references = [self._run(original, batch) for batch in batches]
+        self.references = [self._run(original, batch, at) for at, batch in enumerate(batches)]
         self._few = Calibration(task, batches).shortened(original).batches[:2]
         self.can_replay = can_replay(original, self._few, lambda model, batch: self._run(model, batch)[0])
 
@@ -54,8 +55,8 @@ class Prober:
         short.batches, short.references = self.batches[:count], self.references[:count]
         return short
 
-    def _run(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
-        with torch.no_grad(), _batch_norms(model, self.batch_statistics):
+    def _run(self, model: nn.Module, batch: Any, seed: int = 0) -> tuple[Any, Any]:
+        with torch.no_grad(), _batch_norms(model, self.batch_statistics), seeded(seed):
             return self.task.run(model, batch)
 
     def distance(
@@ -66,7 +67,7 @@ class Prober:
         total = 0.0
         for at, (batch, (reference, target)) in enumerate(zip(self.batches, self.references, strict=True)):
             with since(at):
-                output, _ = self._run(model, batch)
+                output, _ = self._run(model, batch, at)
             total += float(divergence(output, reference, target))
         value = total / max(len(self.batches), 1)
         return max(value, 0.0) if np.isfinite(value) else 1e6  # a divergence of nothing may round to below zero

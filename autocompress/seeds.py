@@ -17,13 +17,21 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """From this seed until the block ends, and then as if nothing had been drawn."""
+def rewound() -> Iterator[None]:
+    """When the block ends, as if nothing had been drawn: what comes next draws the same."""
     pythons, numpys = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        seed_everything(seed)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
             random.setstate(pythons)
             np.random.set_state(numpys)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """From this seed until the block ends, and then as if nothing had been drawn."""
+    with rewound():
+        seed_everything(seed)
+        yield

@@ -21,6 +21,7 @@ from autocompress.errors import AutocompressError, TaskError, in_words, near_mis
 from autocompress.metric import Metric, SplitMetric, score
 from autocompress.nested import leaves, map_leaves
 from autocompress.reparametrization import copied, plain
+from autocompress.seeds import seeded
 
 Batch = Any
 """`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`)."""
@@ -229,7 +230,8 @@ def measure(task: Task, model: nn.Module, split: str) -> float:
             yield *task.run(model, to_device(batch, device)), batch_size(batch)
 
     try:
-        value = score(to_device(task.metric, device), judged())
+        with seeded(0):  # what draws random numbers draws the same for every model
+            value = score(to_device(task.metric, device), judged())
     except AutocompressError:
         raise
     except Exception as error:

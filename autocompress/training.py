@@ -20,6 +20,7 @@ from autocompress.divergence import divergence
 from autocompress.errors import TaskError
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice
+from autocompress.seeds import rewound
 from autocompress.task import Batch, Calibration, Task, batch_count, batch_size, device_of, to_device
 from autocompress.techniques.base import IntegerCoding, IntegerWeights, Term, TrainingTechnique, trainings
 
@@ -146,7 +147,7 @@ def _loss(
     with ExitStack() as stack:
         for name, technique in trainings().items():
             stack.enter_context(technique.autocast(choices[name], device))
-        with torch.no_grad():
+        with torch.no_grad(), rewound():  # what draws random numbers draws the same for both
             reference, _ = task.run(teacher, batch)
         output, target = task.run(model, batch)
     loss = (1 - DISTILLATION) * task.loss(_float(output), target)

@@ -40,7 +40,7 @@ from autocompress.rate import RateModel
 from autocompress.recipe import Choice, Recipe
 from autocompress.reconstruction import reconstruct
 from autocompress.reparametrization import copied
-from autocompress.seeds import seed_everything, seeded
+from autocompress.seeds import rewound, seed_everything, seeded
 from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
 from autocompress.techniques.base import TrainingTechnique, maskings, only_trains, trainings
@@ -277,7 +277,7 @@ class Workshop:
             return True
         model = copied(self.original).train()
         try:
-            with torch.random.fork_rng():
+            with rewound():
                 try_autocast(self.calibration, model, technique.autocast(choice, self.device))
         except Exception as error:  # whatever an operation of the model's, or its loss, says of other numbers
             name, said = technique.name, in_words(error)

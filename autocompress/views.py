@@ -124,6 +124,6 @@ class Views:
             found[-1] = cloned(found[-1])
 
         replayed = self._replays[model].since([module], (at, batch_size(batch)))
-        with suppress(_RanError), forward_hooks([(module, see)], with_kwargs=True), replayed:
+        with suppress(_RanError), seeded(at), forward_hooks([(module, see)], with_kwargs=True), replayed:
             self.samples.task.run(model, batch)
         return found

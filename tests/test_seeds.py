@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from autocompress.seeds import seed_everything, seeded
+from autocompress.seeds import rewound, seed_everything, seeded
 
 
 def drawn() -> tuple[float, float, float]:
@@ -25,3 +25,10 @@ def test_a_seeded_block_draws_the_same_and_leaves_no_trace() -> None:
             blocks.append(drawn())
     assert [first, drawn(), drawn()] == expected
     assert blocks[0] == blocks[1] != expected[0]
+
+
+def test_what_is_drawn_in_a_rewound_block_is_drawn_once_more() -> None:
+    seed_everything(3)
+    with rewound():
+        first = drawn()
+    assert drawn() == first

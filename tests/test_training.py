@@ -62,6 +62,24 @@ def test_a_model_that_was_not_written_to_be_trained_is_refused() -> None:
         next(fine_tune(task, candidate, task.build(), 1))
 
 
+def noisy(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """As models of diffusion are trained and judged: on noise, which each run draws anew."""
+    images, _ = batch
+    noise = torch.randn_like(images)
+    return model(images + noise), noise
+
+
+def test_candidates_are_compared_with_the_original_on_the_same_noise() -> None:
+    task = zoo_task("mlp", epochs=4)
+    task.forward, task.loss, task.metric = noisy, lambda output, noise: 0 * output.sum(), lambda y, t: t.sum().item()
+    workshop = Workshop(task, task.build(), BoundSpace(()), Path(), 0)
+    candidate = Candidate(workshop.original, workshop.anatomy, Recipe(), workshop.calibration)
+    assert workshop.prober.distance(candidate.model) == 0
+    (*_,) = fine_tune(task, candidate, workshop.original, 4)  # nothing but the distance has a gradient
+    assert workshop.prober.distance(candidate.model) < 2e-3
+    assert measure(task, candidate.model, "val") == measure(task, workshop.original, "val")
+
+
 class Words(nn.Module):
     """Its table has sparse gradients, and its body is run again for its gradients."""
 

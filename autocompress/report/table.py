@@ -22,7 +22,7 @@ def front_table(front: ParetoFront) -> Table:
         format_accuracy(base.val_accuracy),
         format_accuracy(base.test_accuracy),
         "",
-        "float32 state_dict",
+        "state_dict",
         style="dim",
     )
     for point in reversed(front.points):
