@@ -16,7 +16,7 @@ from autocompress.channel_graph import ChannelGraph, Run
 from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.replacement import Dropped, Replacement
-from autocompress.surgery import owners, tensors
+from autocompress.surgery import as_real, owners, tensors
 
 MIN_WEIGHTS = 16
 """Tensors with fewer weights are not worth a dimension of their own."""
@@ -31,9 +31,9 @@ class Layer:
     """One weight tensor of two or more dimensions.
 
     name: `conv1` for `conv1.weight`, the whole parameter name for others (`lstm.weight_ih_l0`).
-    parameter: its first name in the model. shape: as stored. kind: class of the layer that holds it.
-    groups: channel groups that change its shape (one may be named twice), each with its part of the
-    dimension that it changes: 1 but for concatenated channels.
+    parameter: its first name in the model. shape: as stored, complex weights as pairs. kind: class of the
+    layer that holds it. groups: channel groups that change its shape (one may be named twice), each with its
+    part of the dimension that it changes: 1 but for concatenated channels.
     """
 
     name: str
@@ -111,9 +111,10 @@ def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
         tensor = getattr(*places[0])
         if isinstance(tensor, nn.Parameter) and _is_matrix(tensor, places[0][1]):
             kind = type(places[0][0]).__name__
-            layers.append(Layer(layer_name(key), key, tuple(tensor.shape), kind, tuple(touched.get(key, ()))))
-        elif tensor.is_floating_point():
-            vectors.append((tensor.numel(), tuple(touched.get(key, ()))))
+            shape = tuple(as_real(tensor).shape)
+            layers.append(Layer(layer_name(key), key, shape, kind, tuple(touched.get(key, ()))))
+        elif as_real(tensor).is_floating_point():
+            vectors.append((as_real(tensor).numel(), tuple(touched.get(key, ()))))
     inputs, activations = _seen_in_forward(model, run, {layer.parameter for layer in layers}, left_alone)
     blocks = tuple(_blocks(model, run, layers, groups, steady))
     return Anatomy(tuple(layers), groups, activations, inputs, tuple(vectors), blocks, left_alone)
@@ -123,7 +124,7 @@ def _is_matrix(tensor: Tensor, attribute: str) -> bool:
     """Whether it is worth choices of its own. Scales of channels and tokens of transformers are vectors, whatever their
     number of dimensions, but not what a layer calls its weight."""
     line = tensor.numel() == max(tensor.shape, default=1) and "weight" not in attribute
-    return tensor.ndim >= 2 and tensor.is_floating_point() and tensor.numel() >= MIN_WEIGHTS and not line
+    return tensor.ndim >= 2 and as_real(tensor).is_floating_point() and tensor.numel() >= MIN_WEIGHTS and not line
 
 
 def _seen_in_forward(
@@ -248,13 +249,13 @@ def _runs_with(model: nn.Module, others: Mapping[str, nn.Module], run: Run, expe
 
 
 def _tensor_to_tensor(model: nn.Module, run: Run) -> tuple[Any, dict[str, bool]]:
-    """(shapes of the outputs, modules that run once and make one float tensor of another -> whether both have one
-    shape)."""
+    """(shapes of the outputs, modules that run once and make one tensor of another, none of them complex -> whether
+    both have one shape)."""
     calls: dict[str, list[bool | None]] = {}
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            tensors = isinstance(output, Tensor) and bool(args) and isinstance(args[0], Tensor)
+            tensors = bool(args) and all(isinstance(x, Tensor) and not x.is_complex() for x in (args[0], output))
             calls.setdefault(name, []).append(args[0].shape == output.shape if tensors else None)
 
         return hook

@@ -23,7 +23,7 @@ from autocompress.memory_format import mend_memory_format
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names, origins
 from autocompress.space import without_void
-from autocompress.surgery import assign, owners, tensors
+from autocompress.surgery import as_real, assign, owners, tensors
 from autocompress.task import Calibration
 from autocompress.techniques.base import (
     Coding,
@@ -60,6 +60,14 @@ class ShadowedLayer:
     mask: Tensor | None = None
     gradient: Tensor | None = None
     _effective: Tensor | None = None
+
+    def write(self, weight: Tensor) -> None:
+        """What the model computes with."""
+        as_real(self.parameter.data).copy_(weight.detach())
+
+    def slope(self) -> Tensor | None:
+        """The gradient of what the model computed with, shape of the layer."""
+        return None if self.parameter.grad is None else as_real(self.parameter.grad)
 
     def masked(self) -> Tensor:
         return self.dense if self.mask is None else self.dense * self.mask
@@ -120,7 +128,7 @@ class Candidate:
             choice = recipe.get(site, "weights", "float32")
             assert choice is not None
             coding = coding_of(choice)
-            dense = parameter.detach().float().clone()
+            dense = as_real(parameter.detach()).float().clone()
             shadow = ShadowedLayer(site, key, parameter, dense, choice, coding, torch.empty(0))
             self.layers[layer_name(key)] = shadow
         self.set_masks()
@@ -196,10 +204,10 @@ class Candidate:
             if keep_graph:
                 with torch.enable_grad():
                     shadow._effective = shadow.effective()
-                shadow.parameter.data.copy_(shadow._effective.detach())
+                shadow.write(shadow._effective)
             else:
                 with torch.no_grad():
-                    shadow.parameter.data.copy_(shadow.effective())
+                    shadow.write(shadow.effective())
 
     def trainable(self) -> tuple[list[Tensor], list[Tensor]]:
         """(weights with weight decay, all others) as leaves for an optimizer."""
@@ -217,11 +225,12 @@ class Candidate:
         """Hand the gradients of the model's parameters on to dense weights and learned parameters."""
         roots, gradients = [], []
         for shadow in self.layers.values():
-            if shadow.parameter.grad is not None and shadow._effective is not None:
+            slope = shadow.slope()
+            if slope is not None and shadow._effective is not None:
                 roots.append(shadow._effective)
-                gradients.append(shadow.parameter.grad)
+                gradients.append(slope)
                 if self.regrows:
-                    shadow.gradient = shadow.parameter.grad.detach().float()
+                    shadow.gradient = slope.detach().float()
         if roots:
             torch.autograd.backward(roots, gradients)
         for shadow in self.layers.values():

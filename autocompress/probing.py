@@ -26,7 +26,7 @@ from autocompress.replacement import original_names
 from autocompress.replay import Replay, can_replay
 from autocompress.seeds import seeded
 from autocompress.space import BoundDimension, BoundSpace, without_void
-from autocompress.surgery import assign, owners
+from autocompress.surgery import as_real, assign, owners
 from autocompress.task import Calibration, Task, batch_size
 from autocompress.techniques.base import coding_of, maskings, structures, trainings
 
@@ -106,7 +106,7 @@ class Prober:
         if dimension == "weights" or dimension in maskings():
             shadows = [shadow for shadow in candidate.layers.values() if shadow.site == site]
             for shadow in shadows:
-                shadow.parameter.data.copy_(_stored(shadow, dimension, choice))
+                shadow.write(_stored(shadow, dimension, choice))
             places = owners(candidate.model)
             changed = [module for shadow in shadows for module, _ in places[shadow.key]]
             try:
@@ -114,7 +114,7 @@ class Prober:
             finally:
                 with torch.no_grad():
                     for shadow in shadows:
-                        shadow.parameter.data.copy_(shadow.effective())
+                        shadow.write(shadow.effective())
         if dimension == "vectors":
             model = copy.deepcopy(candidate.model)
             stored = _vector_plans(candidate, choice)
@@ -286,7 +286,7 @@ def weights_left(candidate: Candidate, space: BoundSpace) -> dict[str, dict[str,
             model = rebuilt(candidate, dimension.site, dimension.name, choice)
             for key, name in original_names(model).items():
                 if name in sites and model.get_parameter(key).ndim > 1:
-                    left[sites[name]] += model.get_parameter(key).numel()
+                    left[sites[name]] += as_real(model.get_parameter(key)).numel()
             changed = {name: count / whole[name] for name, count in left.items() if count != whole[name]}
             out.setdefault(dimension.key, {})[str(choice)] = changed
     return out

@@ -86,7 +86,7 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
     squares = squared_gradients(samples.task, candidate.model, weights, samples.small_batches(_BATCHES, _BATCH))
     candidate.materialise()
     for shadow in fitted.values():
-        shadow.parameter.copy_(shadow.dense)
+        shadow.write(shadow.dense)
     for name, part in parts:
         match part:
             case Norm() as norm, None:
@@ -97,7 +97,7 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
                 found = _fit(weight, views.of(module))
                 if found is not None:
                     _compress(candidate, fitted[name], *found, squares.get(name), targets[name])
-                fitted[name].parameter.copy_(fitted[name].effective())
+                fitted[name].write(fitted[name].effective())
 
 
 def _parts(candidate: Candidate) -> dict[str, _Part]:
@@ -108,7 +108,7 @@ def _parts(candidate: Candidate) -> dict[str, _Part]:
         tables = [module for module, _ in places[shadow.key] if runs_as(module, nn.Embedding, nn.EmbeddingBag)]
         if tables:
             out[name] = _Part(tables[0], None)
-        elif not others and place in known:
+        elif not others and place in known and not shadow.parameter.is_complex():
             out[name] = _Part(*known[place])
     for name, module in candidate.model.named_modules():
         if isinstance(module, Norm) and module.running_var is not None:
@@ -225,7 +225,7 @@ def _thin_out(
     assert mask is not None
     shadow.mask = mask.float()
     candidate.fit_steps(shadow)
-    shadow.parameter.copy_(shadow.effective())
+    shadow.write(shadow.effective())
 
 
 def _refitted(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:

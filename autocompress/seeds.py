@@ -20,8 +20,7 @@ def seed_everything(seed: int) -> None:
 def rewound() -> Iterator[None]:
     """When the block ends, as if nothing had been drawn: what comes next draws the same."""
     pythons, numpys = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
         finally:

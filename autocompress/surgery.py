@@ -78,6 +78,11 @@ def resizable(layer: nn.Module) -> bool:
     return isinstance(layer, tuple(kind for kind, _ in _RESIZE))
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs, [..., 2], in the same memory; anything else as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """First name of each parameter or persistent buffer -> all places that hold it (tied ones too)."""
     first: dict[int, str] = {}
@@ -95,8 +100,8 @@ def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer once, by its first name, detached."""
-    return {key: getattr(places[0][0], places[0][1]).detach() for key, places in owners(model).items()}
+    """Every parameter and persistent buffer once, by its first name, detached, complex ones as pairs."""
+    return {key: as_real(getattr(*places[0]).detach()) for key, places in owners(model).items()}
 
 
 @torch.no_grad()
@@ -113,6 +118,8 @@ def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     resized: dict[nn.Module, None] = {}
     for key, value in values.items():
         old = getattr(*places[key][0])
+        if old.is_complex() and not value.is_complex() and value.shape[-1:] == (2,):
+            value = torch.view_as_complex(value.contiguous())
         if old.shape == value.shape:
             old.copy_(value)
             continue

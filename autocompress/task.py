@@ -277,7 +277,7 @@ def check_task(task: Task, model: nn.Module) -> None:
 
 
 def _check_settings(task: Task, model: nn.Module) -> None:
-    if not any(value.is_floating_point() for value in model.parameters()):
+    if not any(value.is_floating_point() or value.is_complex() for value in model.parameters()):
         raise TaskError(
             f"task {task.name!r}: the model has no parameters of floats, so nothing to compress: give it as it was "
             "trained, not quantised"

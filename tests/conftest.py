@@ -111,6 +111,23 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Spectral(nn.Module):
+    """As in Fourier neural operators: weights of frequencies are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.skip = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 6, 1)
+        self.weight = nn.Parameter(torch.randn(6, 6, 5, dtype=torch.cfloat) / 6)
+        self.mix = nn.Linear(9, 9, dtype=torch.cfloat)
+        self.gelu, self.head = nn.GELU(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x)
+        frequencies = self.mix(torch.fft.rfft(x))
+        low = torch.einsum("bim,iom->bom", frequencies[..., :5], self.weight)
+        return self.head(self.gelu(torch.fft.irfft(low, n=16) + self.skip(x)).mean(2))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
 
@@ -153,6 +170,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "transformer": (Attention, lambda: torch.randn(N, 6, 8)),
     "unet": (UNet, lambda: torch.randn(N, 1, 8, 8)),
     "tied": (Tied, lambda: torch.randint(0, 20, (N, 5))),
+    "spectral": (Spectral, lambda: torch.randn(N, 2, 16)),
     "two_inputs": (TwoInputs, lambda: (torch.randn(N, 8), torch.randn(N, 4))),
 }
 
