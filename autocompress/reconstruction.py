@@ -10,7 +10,8 @@ the mean and the variance that it had (EagleEye, Li et al., ECCV 2020, takes new
 
 A layer that runs more than once is fitted to all of its runs. Weights of an embedding go that are smallest times the
 root of how often their row is looked up, and what stays is rounded to the nearest. Other layers that share their
-weight, have more than 8,192 inputs, or are no matrix (`matrices.py`) are pruned by magnitude and rounded likewise.
+weight, have more than 8,192 inputs, or are no matrix (`matrices.py`, `handed.py`) are pruned by magnitude and rounded
+likewise.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 
 from autocompress.compression import Candidate, ShadowedLayer, asked, drawn_mask
 from autocompress.curvature import squared_gradients
-from autocompress.matrices import Call, Handed, Matrix, Weight, by_place, input_of, matrices, runs_as
+from autocompress.handed import Handed
+from autocompress.matrices import matrices, runs_as
+from autocompress.matrix import Call, Matrix, Weight, by_place, input_of
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
 from autocompress.views import Samples, Views
@@ -45,7 +48,8 @@ _FLOOR = 0.3
 """Of the mean curvature, added to that of each output: errors that are no longer small are heard, too."""
 _UNSEEN = 0.3
 """Of the mean times that a row of an embedding is looked up, added to those of each: rows that were not seen will be,
-and an output that shares the weight uses all of them."""
+and an output that shares the weight uses all of them. And of the mean of what groups are given (the experts of a
+mixture), for those that are given nothing."""
 _RATIO = 1e-4, 1e4
 """By which a variance may change."""
 
@@ -53,10 +57,17 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 class _Part(NamedTuple):
-    """A layer or a batch norm, by the module whose runs tell of it. matrix: None for an embedding or a norm."""
+    """A layer or a batch norm, by the module whose runs tell of it. matrix: None for an embedding or a norm. handed: a
+    weight that is used while the module runs, maybe long before it ends."""
 
     module: nn.Module
     matrix: Weight | None
+    handed: Tensor | None = None
+
+    @property
+    def place(self) -> nn.Module | Tensor:
+        """That tells when it is its turn."""
+        return self.module if self.handed is None else self.handed
 
 
 class _Fit(NamedTuple):
@@ -80,7 +91,7 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
     if used:
         known |= used
         order = views.in_order({part.module for part in known.values()})
-    parts = [(name, part) for module in order for name, part in known.items() if part.module is module]
+    parts = [(name, part) for place in order for name, part in known.items() if part.place is place]
     fitted = {name: candidate.layers[name] for name, part in parts if part.matrix is not None}
     weights = {name: shadow.parameter for name, shadow in fitted.items() if asked(targets[name])}
     squares = squared_gradients(samples.task, candidate.model, weights, samples.small_batches(_BATCHES, _BATCH))
@@ -89,11 +100,11 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
         shadow.write(shadow.dense)
     for name, part in parts:
         match part:
-            case Norm() as norm, None:
+            case _Part(Norm() as norm, None):
                 _recalibrate(norm, views.of(norm))
-            case table, None if asked(targets[name]):
+            case _Part(table, None) if asked(targets[name]):
                 _thin_out(candidate, candidate.layers[name], views.of(table, _LOOKUPS), targets[name])
-            case module, Weight() as weight:
+            case _Part(module, Weight() as weight):
                 found = _fit(weight, views.of(module))
                 if found is not None:
                     _compress(candidate, fitted[name], *found, squares.get(name), targets[name])
@@ -109,7 +120,8 @@ def _parts(candidate: Candidate) -> dict[str, _Part]:
         if tables:
             out[name] = _Part(tables[0], None)
         elif not others and place in known and not shadow.parameter.is_complex():
-            out[name] = _Part(*known[place])
+            module, weight = known[place]
+            out[name] = _Part(module, weight, shadow.parameter if isinstance(weight, Handed) else None)
     for name, module in candidate.model.named_modules():
         if isinstance(module, Norm) and module.running_var is not None:
             out[name] = _Part(module, None)
@@ -123,8 +135,9 @@ def _used_by_parents(candidate: Candidate, idle: Mapping[str, _Part]) -> dict[st
     for name, part in idle.items():
         if part.matrix is not None and names[part.module]:
             parent, _, child = names[part.module].rpartition(".")
-            attribute = candidate.layers[name].key.removeprefix(f"{names[part.module]}.")
-            out[name] = _Part(candidate.model.get_submodule(parent), Handed(f"{child}.{attribute}"))
+            shadow = candidate.layers[name]
+            weight = Handed(f"{child}.{shadow.key.removeprefix(f'{names[part.module]}.')}")
+            out[name] = _Part(candidate.model.get_submodule(parent), weight, shadow.parameter)
     return out
 
 
@@ -134,11 +147,12 @@ def _fit(weight: Weight, views: Iterator[tuple[Call, Call | None]]) -> tuple[Mat
     sums: list[list[Tensor]] = []
     origins: list[tuple[Tensor, Tensor]] = []
     for seen, like in views:
-        own, others = weight.seen(seen), like and weight.seen(like)
+        own = weight.seen(seen)
         if own is None:
             return None
         matrix, call = own
         said, bias = matrix.says(call), matrix.bias(call.module)
+        others = None if like is None or matrix.routed else weight.seen(like)
         wanted = others[0].says(others[1]) if others else said
         pairs = [*zip(matrix.rows(call), said, wanted, strict=True)]
         if any(x.shape[2] > _WIDEST for x, _, _ in pairs):
@@ -154,8 +168,11 @@ def _fit(weight: Weight, views: Iterator[tuple[Call, Call | None]]) -> tuple[Mat
     if not sums:
         return None
     count, hessian, pull, total, lacking = map(torch.cat, zip(*sums, strict=True))
-    if not count.all():
+    unused = count == 0
+    if unused.all():
         return None
+    count[unused] = 1
+    hessian[unused] = _UNSEEN * hessian[~unused].mean(0)
     input, lack = total / count[:, None], lacking / count[:, None]
     if bias is not None:
         hessian -= total[:, :, None] * input[:, None]

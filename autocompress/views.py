@@ -10,10 +10,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from autocompress.hooks import forward_hooks
-from autocompress.matrices import MOST_ROWS, Call
+from autocompress.handed import taken
+from autocompress.hooks import Watch, forward_hooks
+from autocompress.matrix import MOST_ROWS, Call
 from autocompress.nested import cloned, leaves
 from autocompress.replay import Replay
 from autocompress.seeds import seeded
@@ -83,20 +85,24 @@ class Views:
         """Of the module, and of a channel of all its outputs, from one sample."""
         self._replays = {model: samples.replay_of(model), samples.original: samples.replay}
 
-    def in_order(self, modules: Collection[nn.Module]) -> list[nn.Module]:
-        """Those that run, as they first do."""
-        batch = next(self.samples.read())
+    def in_order(self, modules: Collection[nn.Module]) -> list[nn.Module | Tensor]:
+        """Those that run, as they first end, among all weights that linear operations are given, as they first are."""
+        batch, order = next(self.samples.read()), dict[nn.Module | Tensor, None]()
         self._runs, self._values = Counter(), Counter()
 
         def count(module: Any, args: Any, output: Any) -> None:
-            y = next(leaves(output))
-            channels = y.shape[1] if isinstance(module, _CHANNELS_FIRST) else y.shape[-1]
+            order.setdefault(module)
             self._runs[module] += 1
+            y = _first(output)
+            channels = y.shape[1] if isinstance(module, _CHANNELS_FIRST) else y.shape[-1]
             self._values[module] += y.numel() / channels / batch_size(batch)
 
-        with forward_hooks([(module, count) for module in modules]):
+        def note(func: Any, args: Any, kwargs: Any, output: Any) -> None:
+            order.update(dict.fromkeys(taken(func, args, kwargs)))
+
+        with forward_hooks([(module, count) for module in modules]), Watch(note):
             self.samples.task.run(self.model, batch)
-        return [*self._runs]
+        return [*order]
 
     def of(self, module: nn.Module, rows: int = MOST_ROWS) -> Iterator[tuple[Call, Call | None]]:
         """Run by run, of the module in the candidate and in the original; None where that has none like it, or one of
@@ -111,7 +117,7 @@ class Views:
             seen = self._see(self.model, module, runs, batch, at)
             likes = self._see(self.samples.original, other, runs, batch, at) if other is not None else []
             for call, like in itertools.zip_longest(seen, likes[: len(seen)]):
-                same = like is not None and next(leaves(like.output)).shape == next(leaves(call.output)).shape
+                same = like is not None and _first(like.output).shape == _first(call.output).shape
                 yield call, like if same else None
 
     def _see(self, model: nn.Module, module: nn.Module, runs: int, batch: Batch, at: int) -> list[Call]:
@@ -127,3 +133,9 @@ class Views:
         with suppress(_RanError), seeded(at), forward_hooks([(module, see)], with_kwargs=True), replayed:
             self.samples.task.run(model, batch)
         return found
+
+
+def _first(output: Any) -> Any:
+    """Its first tensor that is no single number; a row of none if there is no such."""
+    found = (leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.ndim)
+    return next(found, torch.empty(1, 1))

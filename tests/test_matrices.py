@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.utils import rnn as rnn_utils
 
-from autocompress.matrices import MOST_ROWS, Call, Matrix, Weight, matrices
+from autocompress.matrices import matrices
+from autocompress.matrix import MOST_ROWS, Call, Matrix, Weight
 
 
 def calls_of(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Call:
@@ -308,18 +309,92 @@ def test_forwards_that_hand_their_weight_on_are_matrices(kind: str) -> None:
     "layer",
     [
         Standardised(9, 5, 1),
-        Gated(2),
         InPlace(9, 5),
         Stateful(9, 5),
         Product(lambda x, w, b: x @ w.exp(), 9, 5),
         Product(lambda x, w, b: torch.addmm(b, x, w, alpha=2), 9, 5),
-        Product(lambda x, w, b: x @ w[0], 3, 9, 5),
+        Product(lambda x, w, b: x @ w[:, :, 0].T, 5, 9, 3),
+        Product(lambda x, w, b: x @ w + x @ w.T, 9, 9),
+        Product(lambda x, w, b: torch.einsum("ni,ii->n", x, w), 9, 9),
+        Product(lambda x, w, b: torch.einsum("ni,io,o->no", x, w, b), 9, 5),
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_what_is_not_handed_on_once_or_as_it_is_says_nothing(layer: nn.Module) -> None:
+def test_what_is_not_handed_on_as_it_is_or_in_two_ways_says_nothing(layer: nn.Module) -> None:
     x = torch.randn(4, 9, 3, 3) if isinstance(layer, nn.Conv2d) else torch.randn(4, 9)
     _, weight = next(iter(matrices(nn.Sequential(layer)).values()))
     call = calls_of(layer, layer, x)
     with torch.no_grad():
         assert weight.seen(call) is None
+
+
+def equation(text: str, *shape: int) -> Product:
+    return Product(lambda x, w, b: torch.einsum(text, x, w), *shape)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "groups"),
+    [
+        (equation("nti,hid->nthd", 3, 9, 5), (4, 6, 9), 1),
+        (equation("ngi, goi -> gno", 3, 5, 9), (4, 3, 9), 3),
+        (equation("nik,oik->no", 5, 9, 4), (6, 9, 4), 1),
+        (equation("...i,oi->...o", 5, 9), (2, 3, 9), 1),
+        (equation("...i,io->...o", 9, 5), (9,), 1),
+        (Product(lambda x, w, b: torch.einsum("oi,ni->no", w, x), 5, 9), (4, 9), 1),
+        (Product(lambda x, w, b: w @ x, 5, 9), (2, 9, 4), 1),
+        (Product(lambda x, w, b: w @ x, 5, 9), (9,), 1),
+        (Product(lambda x, w, b: torch.bmm(x, w.mT), 3, 5, 9), (3, 4, 9), 3),
+        (Product(lambda x, w, b: torch.matmul(w, x), 3, 5, 9), (2, 3, 9, 4), 3),
+    ],
+)
+def test_products_of_any_form(layer: nn.Module, shape: tuple[int, ...], groups: int) -> None:
+    (weight,) = [known for (_, name), (_, known) in matrices(layer).items() if name == "weight"]
+    with torch.no_grad():
+        call = calls_of(layer, layer, torch.randn(shape))
+        matrix, call = seen(weight, call)
+        said = [group for part in matrix.says(call) for group in part]
+        assert len(said) == groups
+        torch.testing.assert_close(products(call, matrix, layer.weight), said, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(said).flatten().sort().values, call.output.flatten().sort().values)
+
+
+def test_what_a_weight_says_more_than_once_is_taken_together() -> None:
+    layer, x = Gated(2), torch.randn(4, 9)
+    with torch.no_grad():
+        matrix, call = seen(matrices(layer)[layer, "core"][1], calls_of(layer, layer, x))
+    torch.testing.assert_close(matrix.rows(call), [torch.cat([x, 2 * x])[None]])
+    assert matrix.bias(layer) is layer.bias
+
+
+class Experts(nn.Module):
+    """Of a mixture: the first two are given what is positive and what is not, nobody goes to the third."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.weight = nn.Parameter(torch.randn(*((3, 4, 8) if way in ("linear", "turned") else (3, 8, 4))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        goes = (x[:, 0] <= 0).long()
+        if self.way in ("grouped", "turned"):
+            order = goes.argsort(stable=True)
+            ends = torch.stack([(goes == 0).sum(), *[torch.tensor(len(x))] * 2]).int()
+            weight = self.weight.mT if self.way == "turned" else self.weight
+            return torch.nn.functional.grouped_mm(x[order], weight, offs=ends)
+        out = x.new_zeros(len(x), 4)
+        for expert in goes.unique():
+            at, weight = goes == expert, self.weight[expert]
+            out[at] = linear(x[at], weight) if self.way == "linear" else x[at] @ weight
+        return out
+
+
+@pytest.mark.parametrize("way", ["linear", "@", "grouped", "turned"])
+def test_experts_are_given_rows_of_their_own(way: str) -> None:
+    torch.manual_seed(0)
+    layer, x = Experts(way), torch.randn(16, 8)
+    with torch.no_grad():
+        matrix, call = seen(matrices(layer)[layer, "weight"][1], calls_of(layer, layer, x))
+        torch.testing.assert_close([*matrix.rows(call)], [x[None, x[:, 0] > 0], x[None, x[:, 0] <= 0], x[None, :0]])
+        said = [group for part in matrix.says(call) for group in part]
+        torch.testing.assert_close(products(call, matrix, layer.weight), said, rtol=1e-4, atol=1e-5)
+    assert matrix.routed

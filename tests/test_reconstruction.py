@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import autocompress as ac
 from autocompress.artifact import load
 from autocompress.compression import Candidate
-from autocompress.matrices import MOST_ROWS
+from autocompress.matrix import MOST_ROWS
 from autocompress.recipe import Recipe
 from autocompress.reconstruction import _damping, _Fit, _refitted, reconstruct
 from autocompress.space import BoundSpace, SearchSpace
@@ -325,6 +326,22 @@ class Bmm(nn.Module):
         return torch.bmm(x, self.weight)
 
 
+class Chosen(nn.Module):
+    """Four experts in one tensor, one of which is chosen for each sample; nobody chooses the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.weight = nn.Linear(64, 3), nn.Parameter(torch.randn(4, 32, 64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = self.gate(x).argmax(1)
+        out = x.new_zeros(len(x), 32)
+        for expert in choice.unique():
+            at = (choice == expert).nonzero()[:, 0]
+            out.index_add_(0, at, nn.functional.linear(x[at], self.weight[expert]))
+        return out
+
+
 class Head(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -335,22 +352,30 @@ class Head(nn.Module):
 
 
 class Mixture(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.into, self.experts, self.out = nn.Linear(16, 64), Bmm(), Head()
+        self.into, self.experts, self.out = nn.Linear(16, 64), experts, Head()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.experts(self.into(x).relu().view(-1, 4, 16).transpose(0, 1))
-        out: Tensor = self.out(y.transpose(0, 1).flatten(1))
+        y = self.into(x).relu()
+        if isinstance(self.experts, Bmm):
+            y = self.experts(y.view(-1, 4, 16).transpose(0, 1)).transpose(0, 1).flatten(1)
+        else:
+            y = self.experts(y)
+        out: Tensor = self.out(y)
         return out
 
 
-@pytest.mark.parametrize("choices", [{"weights": "int3"}, {"sparsity": 0.5}], ids=str)
-def test_products_of_rows_and_weights_are_fitted(choices: Choices, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("choices", "experts"), [({"weights": "int3"}, Bmm), ({"sparsity": 0.5}, Bmm), ({"sparsity": 0.5}, Chosen)], ids=str
+)
+def test_products_of_rows_and_weights_are_fitted(
+    choices: Choices, experts: Callable[[], nn.Module], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     mixed = torch.randn(16, 16)
     batches = [(torch.randn(256, 16) @ mixed, torch.randint(4, (256,))) for _ in range(3)]
-    workshop = workshop_of(Task(Mixture(), batches[:2], batches[2:], batches[2:], epochs=0), tmp_path)
+    workshop = workshop_of(Task(Mixture(experts()), batches[:2], batches[2:], batches[2:], epochs=0), tmp_path)
     fitted, rounded = (candidate_of(workshop, choices, fit).model for fit in (True, False))
     (x, _), model = batches[2], workshop.original
     with torch.no_grad():
@@ -358,6 +383,31 @@ def test_products_of_rows_and_weights_are_fitted(choices: Choices, tmp_path: Pat
     assert off[0] < 0.7 * off[1]
     for name in ("experts", "out"):
         assert not torch.equal(getattr(fitted, name).weight, getattr(rounded, name).weight), name
+
+
+class Placed(nn.Module):
+    """Adds a table of its own to what comes in, before the layers within see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.head = nn.Parameter(torch.randn(8, 16)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x + self.place).mean(1)
+        return out
+
+
+def test_layers_make_good_for_what_is_used_before_them_and_cannot_be_fitted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mixed = torch.randn(16, 16) / 4
+    batches = [(torch.randn(256, 8, 16) @ mixed, torch.randint(4, (256,))) for _ in range(3)]
+    workshop = workshop_of(Task(Placed(), batches[:2], batches[2:], batches[2:], epochs=0), tmp_path)
+    fitted, rounded = (candidate_of(workshop, {"weights": "int2"}, fit).model for fit in (True, False))
+    assert torch.equal(fitted.place, rounded.place)
+    (x, _), model = batches[2], workshop.original
+    with torch.no_grad():
+        off = [float((other(x) - model(x)).square().mean()) for other in (fitted, rounded)]
+    assert off[0] < 0.7 * off[1]
 
 
 class Whole(nn.Module):
