@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autocompress.channel_graph import ChannelGraph, Run
 from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
+from autocompress.nested import leaves
 from autocompress.replacement import Dropped, Replacement
 from autocompress.surgery import as_real, owners, tensors
 
@@ -240,7 +241,7 @@ def _runs_with(model: nn.Module, others: Mapping[str, nn.Module], run: Run, expe
         model.set_submodule(name, other.eval())
     try:
         with torch.no_grad():
-            return bool(_shape_of(run(model)) == expected)
+            return bool(_shapes_of(run(model)) == expected)
     except Exception:  # whatever a model does when a part is missing: it needs the part
         return False
     finally:
@@ -261,7 +262,7 @@ def _tensor_to_tensor(model: nn.Module, run: Run) -> tuple[Any, dict[str, bool]]
         return hook
 
     with forward_hooks((module, watch(name)) for name, module in model.named_modules()), torch.no_grad():
-        shapes = _shape_of(run(model))
+        shapes = _shapes_of(run(model))
     order = [name for name, _ in model.named_modules()]
     once = {name: seen[0] for name, seen in calls.items() if len(seen) == 1 and (seen[0] is not None or not name)}
     return shapes, {name: bool(once[name]) for name in sorted(once, key=order.index)}
@@ -270,12 +271,8 @@ def _tensor_to_tensor(model: nn.Module, run: Run) -> tuple[Any, dict[str, bool]]
 # ------------------------------------------------------------------ channel groups
 
 
-def _shape_of(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return tuple(output.shape)
-    if isinstance(output, Mapping):
-        return {key: _shape_of(value) for key, value in output.items()}
-    return [_shape_of(value) for value in output] if isinstance(output, (tuple, list)) else None
+def _shapes_of(output: Any) -> list[Any]:
+    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves(output)]
 
 
 def _channel_groups(

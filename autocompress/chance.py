@@ -38,7 +38,8 @@ def chance_accuracy(calibration: Calibration, model: nn.Module) -> float:
 @torch.no_grad()
 def loss_unit(calibration: Calibration, model: nn.Module) -> float:
     """What losses are divided by, so that the price of bits and the distance to the original are worth as much beside
-    any: 1 of class scores, whose losses are in nats, else the loss of the mean output."""
+    any: 1 of class scores, whose losses are in nats, else the loss of the mean output, or of the model where it has
+    none."""
     output, target = calibration.run(model)
     if any(isinstance(leaf, Tensor) and class_dimension(leaf, target) is not None for leaf in leaves(output)):
         return 1.0
@@ -47,7 +48,8 @@ def loss_unit(calibration: Calibration, model: nn.Module) -> float:
         own, chance = (float(calibration.task.loss(out, target)) for out in (output, constant))
     except Exception:  # whatever a user's own loss makes of such outputs
         return 1.0
-    return chance if 0 < chance < math.inf and chance != own else 1.0
+    unit = own if chance == own else chance  # it gives its loss itself, maybe
+    return unit if 0 < unit < math.inf else 1.0
 
 
 def _constant_prediction(calibration: Calibration, calibrated: Any) -> Callable[[Any, int], Any]:

@@ -15,7 +15,8 @@ def divergence(student: Any, teacher: Any, target: Any = None, temperature: floa
     """How far outputs are from the original model's, a scalar tensor; the mean over the tensors in them.
 
     KL divergence of the outputs that hold a score for each class where targets are class indices (Hinton et al.,
-    2015); if there are none, squared error of all outputs relative to the variance of the teacher's.
+    2015); if there are none, squared error of all outputs relative to the variance of the teacher's; 0 of outputs that
+    are no tensors, or single numbers.
     """
     pairs = [*_pairs(student, teacher)]
     scores = [(s, t, d) for s, t in pairs if (d := class_dimension(s, target)) is not None]
@@ -23,6 +24,11 @@ def divergence(student: Any, teacher: Any, target: Any = None, temperature: floa
         torch.div((s - t).square().mean(), t.var().clamp_min(1e-6)) for s, t in pairs
     ]
     return torch.stack(parts).mean() if parts else torch.zeros(())
+
+
+def is_comparable(output: Any) -> bool:
+    """Whether `divergence` has anything to look at."""
+    return next(_outputs(output), None) is not None
 
 
 def projection(output: Any, target: Any, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from autocompress.artifact.codes import write_codes
 from autocompress.artifact.container import Codes, Plan, decode_artifact, decoded, encode_artifact
 from autocompress.artifact.pack import fold_norms, plans, unfold_norms
 from autocompress.compression import Candidate, ShadowedLayer, counted
-from autocompress.divergence import divergence
+from autocompress.divergence import divergence, is_comparable
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.replacement import original_names
@@ -62,13 +62,16 @@ class Prober:
     def distance(
         self, model: nn.Module, since: Callable[[int], AbstractContextManager[None]] = lambda at: nullcontext()
     ) -> float:
-        """Mean divergence from the original's outputs; infinite when it is not a number. since: what the batch at a
-        place is run in."""
+        """Mean divergence from the original's outputs or, where these cannot be compared, rise of the loss; infinite
+        when it is not a number. since: what the batch at a place is run in."""
         total = 0.0
         for at, (batch, (reference, target)) in enumerate(zip(self.batches, self.references, strict=True)):
             with since(at):
                 output, _ = self._run(model, batch, at)
-            total += float(divergence(output, reference, target))
+            if is_comparable(reference):
+                total += float(divergence(output, reference, target))
+            else:  # what the model gives is its loss, or something that its loss alone understands
+                total += float(self.task.loss(output, target)) - float(self.task.loss(reference, target))
         value = total / max(len(self.batches), 1)
         return max(value, 0.0) if np.isfinite(value) else 1e6  # a divergence of nothing may round to below zero
 

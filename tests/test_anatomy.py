@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -72,6 +73,29 @@ def test_what_cannot_be_pruned_is_reported() -> None:
     anatomy = anatomy_of(zoo_task("transformer"))
     assert "MultiheadAttention" in anatomy.left_alone["into"]
     assert {g.name for g in anatomy.groups} == {"encoder.layers.0.linear1", "encoder.layers.1.linear1"}
+
+
+@dataclass
+class Said:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Sayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Said:
+        hidden = self.first(x).relu()
+        return Said(self.head(self.inner(hidden).relu()), hidden)
+
+
+def test_channels_that_are_outputs_in_a_data_class_are_left_alone() -> None:
+    batches = [(torch.randn(4, 8), torch.zeros(4))]
+    anatomy = anatomy_of(Task(Sayer(), batches, batches, batches))
+    assert [group.name for group in anatomy.groups] == ["inner"]
+    assert anatomy.left_alone["first"] == anatomy.left_alone["head"] == "its channels are outputs of the model"
 
 
 class Tokens(nn.Module):

@@ -65,7 +65,7 @@ def test_chance_of_a_squared_error_is_the_variance_wherever_the_mean_is() -> Non
         assert loss_unit(calibrated(task), task.build()) == pytest.approx(variance, rel=0.2)
 
 
-def test_outputs_without_a_mean_leave_accuracies_and_losses_as_they_are() -> None:
+def test_outputs_without_a_mean_are_measured_by_what_the_model_has_and_loses() -> None:
     def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[object, Tensor]:
         class Answer:
             scores = model(batch[0])
@@ -80,7 +80,7 @@ def test_outputs_without_a_mean_leave_accuracies_and_losses_as_they_are() -> Non
         metric=lambda output, target: -float((output.scores - target).square().mean()),
     )
     calibration, model = calibrated(task), task.build()
-    assert loss_unit(calibration, model) == 1
+    assert loss_unit(calibration, model) == pytest.approx(calibration.loss(model).item())
     base = Base(100, -0.25, -0.25, chance_accuracy(calibration, model))
     assert base.skill == pytest.approx(0.25), "the size of the accuracy itself, where chance is no worse"
 
@@ -126,3 +126,44 @@ def test_a_front_of_errors_is_told_as_it_is(tmp_path: Path) -> None:
     assert "-0.003600" in repr(front)
     assert not front.base.in_shares
     assert Base(9000, 0.98, 0.97, 0.1).in_shares
+
+
+class Loses(nn.Module):
+    """Gives its own loss, as models that are trained to restore what was hidden do."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 6)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.scale * (self.inner(x) - x).square().mean()
+        return loss
+
+
+def test_models_that_give_their_loss_are_measured_by_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(128, 6) for _ in range(2)]
+    distances = []
+    for scale in (1e-3, 1.0):
+        torch.manual_seed(0)
+        task = Task(
+            Loses(scale),
+            batches,
+            batches,
+            batches,
+            loss=lambda output, _: output,
+            metric=lambda output, _: -output.item(),
+            forward=lambda model, x: (model(x), None),
+        )
+        workshop = Workshop(task, task.build(), SPACE, tmp_path, 0)
+        rounded = task.build()
+        with torch.no_grad():
+            rounded.inner[0].weight.zero_()
+            own, lost = (
+                workshop.original(batches[0]),
+                [sum(m(x) for x in batches) for m in (workshop.original, rounded)],
+            )
+        assert workshop.prober.distance(workshop.original) == 0
+        distances.append(workshop.prober.distance(rounded))
+        assert distances[-1] == pytest.approx(float((lost[1] - lost[0]) / 2 / own), rel=1e-3)
+    assert distances[0] == pytest.approx(distances[1], rel=1e-3)
