@@ -9,9 +9,9 @@ Biases make good for what is left of the mean (Nagel et al., ICCV 2019), and bat
 the mean and the variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
 
 A layer that runs more than once is fitted to all of its runs. Weights of an embedding go that are smallest times the
-root of how often their row is looked up, and what stays is rounded to the nearest. Other layers that share their
-weight, have more than 8,192 inputs, or are no matrix (`matrices.py`, `handed.py`) are pruned by magnitude and rounded
-likewise.
+root of how often their row is looked up, and what stays is rounded to the nearest; one that is the matrix of an output,
+too, is fitted as that. Other layers that share their weight, have more than 8,192 inputs, or are no matrix
+(`matrices.py`, `handed.py`) are pruned by magnitude and rounded likewise.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from autocompress.recipe import Choice
 from autocompress.surgery import owners
 from autocompress.views import Samples, Views
 
-_DAMPING = 0.01
-"""Share of the mean of a Hessian's diagonal that is added to it, at least."""
+_DAMPING, _LOOKED_UP = 0.01, 0.3
+"""Share of the mean of a Hessian's diagonal that is added to it, at least; of a matrix whose rows are looked up."""
 _ROUND_OFF = 1e-20
 """Of a Hessian, as a share of its trace before the means were taken out."""
 _WIDEST = 8192
@@ -47,27 +47,22 @@ _BATCHES, _BATCH = 32, 6
 _FLOOR = 0.3
 """Of the mean curvature, added to that of each output: errors that are no longer small are heard, too."""
 _UNSEEN = 0.3
-"""Of the mean times that a row of an embedding is looked up, added to those of each: rows that were not seen will be,
-and an output that shares the weight uses all of them. And of the mean of what groups are given (the experts of a
-mixture), for those that are given nothing."""
+"""Of the mean times that a row of an embedding is looked up, added to those of each: rows that were not seen will be.
+And of the mean of what groups are given (the experts of a mixture), for those that are given nothing."""
 _RATIO = 1e-4, 1e4
 """By which a variance may change."""
 
 Norm = nn.modules.batchnorm._BatchNorm
+_TABLES = nn.Embedding, nn.EmbeddingBag
 
 
 class _Part(NamedTuple):
-    """A layer or a batch norm, by the module whose runs tell of it. matrix: None for an embedding or a norm. handed: a
-    weight that is used while the module runs, maybe long before it ends."""
+    """A layer or a batch norm, by the module whose runs tell of it. matrix: None for an embedding or a norm. place: the
+    module that ends, or the weight that is used, when it is its turn."""
 
     module: nn.Module
     matrix: Weight | None
-    handed: Tensor | None = None
-
-    @property
-    def place(self) -> nn.Module | Tensor:
-        """That tells when it is its turn."""
-        return self.module if self.handed is None else self.handed
+    place: nn.Module | Tensor
 
 
 class _Fit(NamedTuple):
@@ -85,12 +80,9 @@ class _Fit(NamedTuple):
 @torch.no_grad()
 def reconstruct(candidate: Candidate, samples: Samples) -> None:
     """Prune and round the weights of `candidate`, in place, so that its layers say what those of the original say."""
-    views, targets, known = Views(samples, candidate.model), candidate.targets(), _parts(candidate)
-    order = views.in_order({part.module for part in known.values()})
-    used = _used_by_parents(candidate, {name: part for name, part in known.items() if part.module not in order})
-    if used:
-        known |= used
-        order = views.in_order({part.module for part in known.values()})
+    views, targets = Views(samples, candidate.model), candidate.targets()
+    order = views.in_order()
+    known = _parts(candidate, order)
     parts = [(name, part) for place in order for name, part in known.items() if part.place is place]
     fitted = {name: candidate.layers[name] for name, part in parts if part.matrix is not None}
     weights = {name: shadow.parameter for name, shadow in fitted.items() if asked(targets[name])}
@@ -100,44 +92,43 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
         shadow.write(shadow.dense)
     for name, part in parts:
         match part:
-            case _Part(Norm() as norm, None):
+            case _Part(Norm() as norm, None, _):
                 _recalibrate(norm, views.of(norm))
-            case _Part(table, None) if asked(targets[name]):
+            case _Part(table, None, _) if asked(targets[name]):
                 _thin_out(candidate, candidate.layers[name], views.of(table, _LOOKUPS), targets[name])
-            case _Part(module, Weight() as weight):
+            case _Part(module, Weight() as weight, place):
                 found = _fit(weight, views.of(module))
                 if found is not None:
-                    _compress(candidate, fitted[name], *found, squares.get(name), targets[name])
+                    damping = _LOOKED_UP if isinstance(place, _TABLES) else _DAMPING
+                    _compress(candidate, fitted[name], *found, squares.get(name), targets[name], damping)
                 fitted[name].write(fitted[name].effective())
 
 
-def _parts(candidate: Candidate) -> dict[str, _Part]:
-    """Name -> layer that can be fitted, embedding, or batch norm."""
+def _parts(candidate: Candidate, order: Mapping[nn.Module | Tensor, None]) -> dict[str, _Part]:
+    """Name -> layer that can be fitted, embedding, or batch norm. order: the modules that run, and the weights that are
+    used as matrices."""
     places, known, out = owners(candidate.model), matrices(candidate.model), dict[str, _Part]()
     for name, shadow in candidate.layers.items():
-        place, *others = places[shadow.key]
-        tables = [module for module, _ in places[shadow.key] if runs_as(module, nn.Embedding, nn.EmbeddingBag)]
-        if tables:
-            out[name] = _Part(tables[0], None)
-        elif not others and place in known and not shadow.parameter.is_complex():
-            module, weight = known[place]
-            out[name] = _Part(module, weight, shadow.parameter if isinstance(weight, Handed) else None)
+        own = places[shadow.key]
+        tables = [module for module, _ in own if module in order and runs_as(module, *_TABLES)]
+        running = [known[place] for place in own if place in known and known[place][0] in order]
+        used = shadow.parameter in order
+        if tables:  # of an output that shares it: by what that is given
+            module, weight = running[0] if running else (candidate.model, Handed(shadow.key))
+            out[name] = _Part(module, weight, tables[0]) if used else _Part(tables[0], None, tables[0])
+        elif len(own) > 1 or shadow.parameter.is_complex():
+            continue
+        elif running:
+            module, weight = running[0]
+            out[name] = _Part(module, weight, shadow.parameter if isinstance(weight, Handed) else module)
+        elif used:  # by a module around the one that has it (the attention of torchvision's Swin transformers)
+            path, _, attribute = shadow.key.rpartition(".")
+            parent, _, child = path.rpartition(".")
+            weight = Handed(f"{child}.{attribute}" if child else attribute)
+            out[name] = _Part(candidate.model.get_submodule(parent), weight, shadow.parameter)
     for name, module in candidate.model.named_modules():
         if isinstance(module, Norm) and module.running_var is not None:
-            out[name] = _Part(module, None)
-    return out
-
-
-def _used_by_parents(candidate: Candidate, idle: Mapping[str, _Part]) -> dict[str, _Part]:
-    """Layers that do not run themselves, as what the modules that they are in compute with (the attention of
-    torchvision's Swin transformers)."""
-    names, out = {module: name for name, module in candidate.model.named_modules()}, dict[str, _Part]()
-    for name, part in idle.items():
-        if part.matrix is not None and names[part.module]:
-            parent, _, child = names[part.module].rpartition(".")
-            shadow = candidate.layers[name]
-            weight = Handed(f"{child}.{shadow.key.removeprefix(f'{names[part.module]}.')}")
-            out[name] = _Part(candidate.model.get_submodule(parent), weight, shadow.parameter)
+            out[name] = _Part(module, None, module)
     return out
 
 
@@ -200,12 +191,13 @@ def _compress(
     fit: _Fit,
     squares: Tensor | None,
     targets: Mapping[str, Choice],
+    damping: float,
 ) -> None:
     """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them.
-    squares: of the gradients of the weights, where some are to go."""
+    squares: of the gradients of the weights, where some are to go. damping: at least."""
     groups, shape = len(fit.rows), shadow.dense.shape
     before = matrix.grouped(shadow.dense, groups).double()
-    diagonal = _diagonal(fit.hessian) + _damping(fit)[:, None]
+    diagonal = _diagonal(fit.hessian) + _damping(fit, damping)[:, None]
     hessian = fit.hessian.diagonal_scatter(diagonal, dim1=1, dim2=2)
     weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
     if squares is not None:
@@ -269,14 +261,14 @@ def _diagonal(hessian: Tensor) -> Tensor:
     return hessian.diagonal(dim1=1, dim2=2)
 
 
-def _damping(fit: _Fit) -> Tensor:
+def _damping(fit: _Fit, least: float = _DAMPING) -> Tensor:
     """What is added to the diagonal of the Hessians: the fewer rows they were seen in, the more (oracle approximating
     shrinkage, Chen et al., 2010), and more than what is left of inputs that never change. float64 [groups]."""
     n, trace, squares = fit.hessian.shape[1], _diagonal(fit.hessian).sum(1), fit.hessian.square().sum((1, 2))
     spread = ((squares - trace.square() / n) * (fit.rows + 1 - 2 / n)).clamp_min(torch.finfo(torch.float64).tiny)
     share = (((1 - 2 / n) * squares + trace.square()) / spread).clamp(0, 0.99)
     noise = _ROUND_OFF * (trace + fit.rows * fit.input.square().sum(1)) + torch.finfo(torch.float32).tiny
-    return torch.clamp(share / (1 - share), min=_DAMPING) * trace / n + noise
+    return torch.clamp(share / (1 - share), min=least) * trace / n + noise
 
 
 def _recalibrate(norm: Norm, views: Iterator[tuple[Call, Call | None]]) -> None:

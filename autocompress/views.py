@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -85,8 +85,9 @@ class Views:
         """Of the module, and of a channel of all its outputs, from one sample."""
         self._replays = {model: samples.replay_of(model), samples.original: samples.replay}
 
-    def in_order(self, modules: Collection[nn.Module]) -> list[nn.Module | Tensor]:
-        """Those that run, as they first end, among all weights that linear operations are given, as they first are."""
+    def in_order(self) -> dict[nn.Module | Tensor, None]:
+        """The modules that run, as they first end, among the weights that linear operations are given, as they first
+        are."""
         batch, order = next(self.samples.read()), dict[nn.Module | Tensor, None]()
         self._runs, self._values = Counter(), Counter()
 
@@ -100,9 +101,9 @@ class Views:
         def note(func: Any, args: Any, kwargs: Any, output: Any) -> None:
             order.update(dict.fromkeys(taken(func, args, kwargs)))
 
-        with forward_hooks([(module, count) for module in modules]), Watch(note):
+        with forward_hooks((module, count) for module in self.model.modules()), Watch(note):
             self.samples.task.run(self.model, batch)
-        return [*order]
+        return order
 
     def of(self, module: nn.Module, rows: int = MOST_ROWS) -> Iterator[tuple[Call, Call | None]]:
         """Run by run, of the module in the candidate and in the original; None where that has none like it, or one of

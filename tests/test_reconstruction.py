@@ -171,29 +171,50 @@ def test_what_runs_more_than_once_is_fitted_to_all_of_its_runs(tmp_path: Path) -
 
 
 class Words(nn.Module):
-    """tied: the head has the weight of the embedding."""
+    """shares: the head has the weight of the embedding, as one of its own, computes with that, or has another."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, shares: str = "") -> None:
         super().__init__()
-        self.table, self.head = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False)
-        if tied:
+        self.table, self.shares = nn.Embedding(50, 16), shares
+        self.middle = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        if self.shares != "computes":
+            self.head = nn.Linear(16, 50, bias=False)
+        if self.shares == "has":
             self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.head(self.table(ids).mean(1))
+        mean = self.middle(self.table(ids).mean(1))
+        out: Tensor = mean @ self.table.weight.T if self.shares == "computes" else self.head(mean)
         return out
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_rows_of_an_embedding_that_are_looked_up_often_keep_more_weights(tied: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def words() -> Tensor:
     often, seldom = torch.randint(0, 10, (256, 9)), torch.randint(10, 50, (256, 1))
-    batches = [(torch.cat([often, seldom], 1), torch.zeros(256, dtype=torch.long))]
-    workshop = workshop_of(Task(Words(tied), batches, batches, batches, epochs=0), tmp_path)
+    return torch.cat([often, seldom], 1)
+
+
+def test_rows_of_an_embedding_that_are_looked_up_often_keep_more_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [(words(), torch.zeros(256, dtype=torch.long))]
+    workshop = workshop_of(Task(Words(), batches, batches, batches, epochs=0), tmp_path)
     kept = candidate_of(workshop, {"sparsity": 0.7}).model.table.weight != 0
     assert kept.float().mean() == pytest.approx(0.3, abs=0.01)
     assert kept[:10].float().mean() > 0.6
     assert kept[10:].any(), "what is seldom seen is not what is never seen"
+
+
+@pytest.mark.parametrize("shares", ["has", "computes"])
+def test_an_embedding_that_is_the_matrix_of_an_output_is_fitted_to_what_that_says(shares: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [(words(), torch.zeros(256, dtype=torch.long)) for _ in range(2)]
+    workshop = workshop_of(Task(Words(shares), batches[:1], batches[1:], batches[1:], epochs=0), tmp_path)
+    candidate, rounded = (candidate_of(workshop, {"sparsity": 0.5}, fit) for fit in (True, False))
+    kept = candidate.model.table.weight != 0
+    assert kept.float().mean() == pytest.approx(0.5, abs=0.01)
+    (ids, _), model = batches[1], workshop.original
+    with torch.no_grad():
+        off = [float((other.model(ids) - model(ids)).square().mean()) for other in (candidate, rounded)]
+    assert off[0] < 0.5 * off[1]
 
 
 class Places(nn.Embedding):
