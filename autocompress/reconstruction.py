@@ -38,8 +38,8 @@ _ROUND_OFF = 1e-20
 """Of a Hessian, as a share of its trace before the means were taken out."""
 _WIDEST = 8192
 """Inputs of the widest layer that is fitted: its Hessian has their square."""
-_ROUNDS = 20
-"""Of conjugate gradients."""
+_ROUNDS, _OUTPUTS = 20, 4096
+"""Of conjugate gradients, and outputs at a time."""
 _LOOKUPS = 1_000_000
 """By which it is told how often the rows of an embedding are used."""
 _BATCHES, _BATCH = 32, 6
@@ -97,9 +97,10 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
             case _Part(table, None, _) if asked(targets[name]):
                 _thin_out(candidate, candidate.layers[name], views.of(table, _LOOKUPS), targets[name])
             case _Part(module, Weight() as weight, place):
-                found = _fit(weight, views.of(module))
+                first = isinstance(place, _TABLES)  # nothing is changed yet of what it is given as a matrix
+                found = _fit(weight, views.of(module, alone=first), lacks=not first)
                 if found is not None:
-                    damping = _LOOKED_UP if isinstance(place, _TABLES) else _DAMPING
+                    damping = _LOOKED_UP if first else _DAMPING
                     _compress(candidate, fitted[name], *found, squares.get(name), targets[name], damping)
                 fitted[name].write(fitted[name].effective())
 
@@ -132,9 +133,11 @@ def _parts(candidate: Candidate, order: Mapping[nn.Module | Tensor, None]) -> di
     return out
 
 
-def _fit(weight: Weight, views: Iterator[tuple[Call, Call | None]]) -> tuple[Matrix, Tensor | None, _Fit] | None:
+def _fit(
+    weight: Weight, views: Iterator[tuple[Call, Call | None]], lacks: bool = True
+) -> tuple[Matrix, Tensor | None, _Fit] | None:
     """With the matrix that it is, and its bias. None if the layer does not run any more, is given nothing, has too many
-    inputs, or turns out to be no matrix."""
+    inputs, or turns out to be no matrix. lacks: whether it may say something else than the original's."""
     sums: list[list[Tensor]] = []
     origins: list[tuple[Tensor, Tensor]] = []
     for seen, like in views:
@@ -148,7 +151,7 @@ def _fit(weight: Weight, views: Iterator[tuple[Call, Call | None]]) -> tuple[Mat
         pairs = [*zip(matrix.rows(call), said, wanted, strict=True)]
         if any(x.shape[2] > _WIDEST for x, _, _ in pairs):
             return None
-        rows = [(x.double(), (z - y).double()) for x, y, z in pairs]
+        rows = [(x.double(), (z - y).double() if lacks else y[:, :, :0].double()) for x, y, z in pairs]
         if not sums:
             sums = [_sums(a[:, :0], d[:, :0]) for a, d in rows]
             # counted from near their mean: what is left when that is taken out is not round-off
@@ -169,7 +172,10 @@ def _fit(weight: Weight, views: Iterator[tuple[Call, Call | None]]) -> tuple[Mat
         hessian -= total[:, :, None] * input[:, None]
         pull -= total[:, :, None] * lack[:, None]
     x, y = (torch.cat(each)[:, 0] for each in zip(*origins, strict=True))
-    return matrix, bias, _Fit(count, hessian, pull, input + x, lack + y)
+    lack = lack + y
+    if not lacks:
+        pull, lack = (each.new_zeros(*each.shape[:-1], said[0].shape[2]) for each in (pull, lack))
+    return matrix, bias, _Fit(count, hessian, pull, input + x, lack)
 
 
 def _sums(a: Tensor, d: Tensor) -> list[Tensor]:
@@ -238,9 +244,14 @@ def _thin_out(
 
 
 def _refitted(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
-    """The nearest to `weight`, in the norm of `hessian`, of the matrices that are zero where `kept` is not: all outputs
-    at once, by conjugate gradients scaled by the diagonal. float64 [groups, outputs, inputs], [groups, inputs, inputs];
-    bool."""
+    """The nearest to `weight`, in the norm of `hessian`, of the matrices that are zero where `kept` is not. float64
+    [groups, outputs, inputs], [groups, inputs, inputs]; bool."""
+    parts = zip(torch.split(weight, _OUTPUTS, 1), torch.split(kept, _OUTPUTS, 1), strict=True)
+    return torch.cat([_nearest(part, hessian, stays) for part, stays in parts], 1)
+
+
+def _nearest(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
+    """By conjugate gradients scaled by the diagonal."""
     nearest, scale = weight * kept, _diagonal(hessian)[:, None]
     left = (weight - nearest) @ hessian * kept
     direction = scaled = left / scale

@@ -105,10 +105,13 @@ class Views:
             self.samples.task.run(self.model, batch)
         return order
 
-    def of(self, module: nn.Module, rows: int = MOST_ROWS) -> Iterator[tuple[Call, Call | None]]:
+    def of(self, module: nn.Module, rows: int = MOST_ROWS, alone: bool = False) -> Iterator[tuple[Call, Call | None]]:
         """Run by run, of the module in the candidate and in the original; None where that has none like it, or one of
-        other channels. rows: of its output, as far as there are so many."""
-        other, left = self._alike.get(module), max(_FEWEST, math.ceil(rows / max(self._values[module], 1e-6)))
+        other channels, and if the candidate is to be seen alone. rows: of its output, as far as there are so many."""
+        other, left = (
+            None if alone else self._alike.get(module),
+            max(_FEWEST, math.ceil(rows / max(self._values[module], 1e-6))),
+        )
         for at, batch in enumerate(self.samples.read()):
             if left <= 0:
                 return
