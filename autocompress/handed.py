@@ -49,12 +49,13 @@ class Handed(Weight):
             return None
 
 
-def taken(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The tensors that are given to `func`, or of which views are, if it is a linear operation."""
+def taken(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[nn.Parameter]:
+    """The parameters that are given to `func`, or of which views are, if it is a linear operation."""
     if func in _OPERATIONS:
         for leaf in leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                yield leaf if leaf._base is None else leaf._base
+            whole = leaf._base if isinstance(leaf, Tensor) and leaf._base is not None else leaf
+            if isinstance(whole, nn.Parameter):
+                yield whole
 
 
 class _View(NamedTuple):

@@ -62,7 +62,7 @@ class _Part(NamedTuple):
 
     module: nn.Module
     matrix: Weight | None
-    place: nn.Module | Tensor
+    place: nn.Module | nn.Parameter
 
 
 class _Fit(NamedTuple):
@@ -105,7 +105,7 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
                 fitted[name].write(fitted[name].effective())
 
 
-def _parts(candidate: Candidate, order: Mapping[nn.Module | Tensor, None]) -> dict[str, _Part]:
+def _parts(candidate: Candidate, order: Mapping[nn.Module | nn.Parameter, None]) -> dict[str, _Part]:
     """Name -> layer that can be fitted, embedding, or batch norm. order: the modules that run, and the weights that are
     used as matrices."""
     places, known, out = owners(candidate.model), matrices(candidate.model), dict[str, _Part]()

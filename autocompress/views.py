@@ -85,10 +85,10 @@ class Views:
         """Of the module, and of a channel of all its outputs, from one sample."""
         self._replays = {model: samples.replay_of(model), samples.original: samples.replay}
 
-    def in_order(self) -> dict[nn.Module | Tensor, None]:
+    def in_order(self) -> dict[nn.Module | nn.Parameter, None]:
         """The modules that run, as they first end, among the weights that linear operations are given, as they first
         are."""
-        batch, order = next(self.samples.read()), dict[nn.Module | Tensor, None]()
+        batch, order = next(self.samples.read()), dict[nn.Module | nn.Parameter, None]()
         self._runs, self._values = Counter(), Counter()
 
         def count(module: Any, args: Any, output: Any) -> None:
@@ -96,7 +96,7 @@ class Views:
             self._runs[module] += 1
             y = _first(output)
             channels = y.shape[1] if isinstance(module, _CHANNELS_FIRST) else y.shape[-1]
-            self._values[module] += y.numel() / channels / batch_size(batch)
+            self._values[module] += y.numel() / max(channels, 1) / batch_size(batch)
 
         def note(func: Any, args: Any, kwargs: Any, output: Any) -> None:
             order.update(dict.fromkeys(taken(func, args, kwargs)))
@@ -108,10 +108,8 @@ class Views:
     def of(self, module: nn.Module, rows: int = MOST_ROWS, alone: bool = False) -> Iterator[tuple[Call, Call | None]]:
         """Run by run, of the module in the candidate and in the original; None where that has none like it, or one of
         other channels, and if the candidate is to be seen alone. rows: of its output, as far as there are so many."""
-        other, left = (
-            None if alone else self._alike.get(module),
-            max(_FEWEST, math.ceil(rows / max(self._values[module], 1e-6))),
-        )
+        other = None if alone else self._alike.get(module)
+        left = max(_FEWEST, math.ceil(rows / max(self._values[module], 1e-6)))
         for at, batch in enumerate(self.samples.read()):
             if left <= 0:
                 return
