@@ -119,7 +119,7 @@ class Spectral(nn.Module):
         self.lift, self.skip = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 6, 1)
         self.weight = nn.Parameter(torch.randn(6, 6, 5, dtype=torch.cfloat) / 6)
         self.mix = nn.Linear(9, 9, dtype=torch.cfloat)
-        self.gelu, self.head = nn.GELU(), nn.Linear(6, 3)
+        self.gelu, self.head = nn.GELU(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.lift(x)

@@ -142,7 +142,7 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             "s",
             color=_GREY,
             ms=8,
-            label="original, float32",
+            label="original",
         )
         _scales(axes, front)
         if front.points:
