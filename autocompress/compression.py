@@ -65,7 +65,7 @@ class ShadowedLayer:
         """What the model computes with."""
         as_real(self.parameter.data).copy_(weight.detach())
 
-    def slope(self) -> Tensor | None:
+    def parameter_gradient(self) -> Tensor | None:
         """The gradient of what the model computed with, shape of the layer."""
         return None if self.parameter.grad is None else as_real(self.parameter.grad)
 
@@ -225,12 +225,12 @@ class Candidate:
         """Hand the gradients of the model's parameters on to dense weights and learned parameters."""
         roots, gradients = [], []
         for shadow in self.layers.values():
-            slope = shadow.slope()
-            if slope is not None and shadow._effective is not None:
+            gradient = shadow.parameter_gradient()
+            if gradient is not None and shadow._effective is not None:
                 roots.append(shadow._effective)
-                gradients.append(slope)
+                gradients.append(gradient)
                 if self.regrows:
-                    shadow.gradient = slope.detach().float()
+                    shadow.gradient = gradient.detach().float()
         if roots:
             torch.autograd.backward(roots, gradients)
         for shadow in self.layers.values():

@@ -15,6 +15,8 @@ from torch.distributions import Distribution
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
     """Of what is made of parts; None of a leaf."""
+    if isinstance(value, Tensor):  # as most are: no need to ask on
+        return None
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (tuple, list)):

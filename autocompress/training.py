@@ -241,9 +241,9 @@ def _curvature(task: Task, candidate: Candidate) -> dict[str, Tensor]:
         candidate.model.zero_grad()
         torch.autograd.backward(task.loss(_float(output), target))
         for name, shadow in candidate.layers.items():
-            slope = shadow.slope()
-            if slope is not None:
-                sums[name] += batch_size(batch) * slope.float().square()
+            gradient = shadow.parameter_gradient()
+            if gradient is not None:
+                sums[name] += batch_size(batch) * gradient.float().square()
         count += 1
     candidate.model.zero_grad()
     return {name: (total + total.mean()) / (2 * count) for name, total in sums.items()}
