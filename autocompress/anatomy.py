@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from autocompress.channel_graph import ChannelGraph, Run
 from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.nested import leaves
+from autocompress.reparametrization import copied
 from autocompress.replacement import Dropped, Replacement
 from autocompress.surgery import as_real, owners, tensors
 
@@ -103,7 +103,7 @@ def layer_name(parameter: str) -> str:
 
 def read_anatomy(model: nn.Module, run: Run) -> Anatomy:
     """Read the parts of `model`; `run(model)` runs it on one batch. The model is not changed."""
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     left_alone: dict[str, str] = {}
     groups, touched, steady = _channel_groups(model, run, left_alone)
     layers = []
@@ -281,7 +281,7 @@ def _channel_groups(
     """The groups that can be removed, the groups that touch each tensor, and the blocks that keep the shape of their
     input all the while."""
     try:
-        attempt = _Attempt(copy.deepcopy(original), run)
+        attempt = _Attempt(copied(original), run)
         left_alone.update(attempt.graph.refused)
         for name in attempt.graph.groups:
             failed = attempt.remove(name) if attempt.graph.channels(name) > 1 else ""

@@ -17,13 +17,15 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
 from autocompress.errors import in_words
-from autocompress.hooks import forward_hooks
+from autocompress.hooks import Hook, forward_hooks
 from autocompress.nested import leaves
 from autocompress.replacement import Elementwise, channel_makers
 from autocompress.surgery import owners, resizable
 
 _MOST_MEMBERS, _MOST_PLACES = 1000, 300_000
 """Operations in which the channels of one group are found, and places in all of them, of a group of few channels."""
+
+_INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on a calibration batch and returns its output."""
@@ -90,7 +92,7 @@ class ChannelGraph:
             return [leaf for leaf in leaves(run(module)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
         # what they compute would be followed operation by operation, through the sorting and reshaping of it, too
-        passed = ((module, _input) for module in model.modules() if isinstance(module, Elementwise))
+        passed = [(module, stand_in) for module in model.modules() if (stand_in := _stand_in(module))]
         with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed):
             self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
         self.names = channel_makers(model)
@@ -175,8 +177,12 @@ class ChannelGraph:
 
     def importance(self, name: str, measure: Callable[[Any], Any]) -> Tensor:
         """Float [channels] by a measure of Torch-Pruning's kind: group -> one number a channel."""
+        # whose scales of several dimensions the measures do not know
+        judged = [
+            item for item in self.groups[name] if len(getattr(item.dep.target.module, "normalized_shape", ())) < 2
+        ]
         with _quiet():
-            return torch.as_tensor(measure(self.groups[name])).detach()
+            return torch.as_tensor(measure(judged)).detach()
 
     def weights(self, name: str) -> int:
         """Elements of the tensors that these channels are a part of."""
@@ -231,5 +237,27 @@ def _has_just(module: nn.Module, item: Any) -> bool:
     return bool(item.root_idxs == item.idxs == [*range(module.num_channels)])
 
 
+def _stand_in(module: nn.Module) -> Hook | None:
+    """What hands on the same channels in fewer operations than the module."""
+    if isinstance(module, _INSTANCE_NORM):
+        return _normed
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return _scaled
+    return _input if isinstance(module, Elementwise) else None
+
+
 def _input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return args[0]
+
+
+def _scaled(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return args[0] * 1.0
+
+
+def _normed(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """As by a norm of batches; torch makes the channels of all samples those of one."""
+    assert isinstance(norm, _INSTANCE_NORM)
+    (x,) = args
+    if x.shape[1] != norm.num_features:  # a single sample
+        return None
+    return nn.functional.batch_norm(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), norm.weight, norm.bias)

@@ -8,7 +8,6 @@ recurrent layers, tied weights, functional calls.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from autocompress.artifact import Weights
 from autocompress.artifact.container import Plan
 from autocompress.memory_format import mend_memory_format
 from autocompress.recipe import MODEL, Choice, Recipe
+from autocompress.reparametrization import copied
 from autocompress.replacement import original_names, origins
 from autocompress.space import without_void
 from autocompress.surgery import as_real, assign, owners, tensors
@@ -95,7 +95,7 @@ class Candidate:
     ) -> None:
         recipe = Recipe.of(without_void(recipe.as_dict()))
         self.anatomy, self.recipe, self.run = anatomy, recipe, run
-        model = copy.deepcopy(original).eval()
+        model = copied(original).eval()
         for module in model.modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 module.sparse = False  # gradients that any optimizer and any technique takes

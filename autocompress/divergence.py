@@ -71,7 +71,7 @@ def _pairs(student: Any, teacher: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _outputs(output: Any) -> Iterator[Tensor]:
-    """All floating-point tensors but single numbers, such as a loss among the outputs."""
+    """All floating-point tensors but single numbers, such as a loss among the outputs, and empty ones."""
     for leaf in leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1:
             yield leaf

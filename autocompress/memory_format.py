@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from autocompress.metric import score
+from autocompress.reparametrization import copied
 from autocompress.task import Calibration, device_of, to_device
 
 _VECTOR = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
@@ -20,7 +20,7 @@ def put_channels_last(model: nn.Module, calibration: Calibration) -> None:
     """Unless the model, the loss or the metric cannot do with what comes out of them then (`view`)."""
     if _is_risky(model) or not any(isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) for module in model.modules()):
         return
-    calibration, tried = calibration.shortened(model), copy.deepcopy(model)
+    calibration, tried = calibration.shortened(model), copied(model)
     convert_conv2d_weight_memory_format(tried, torch.channels_last)
     with suppress(Exception):  # whatever a user's own code makes of it
         torch.autograd.backward(calibration.loss(tried.train()))

@@ -22,6 +22,7 @@ from autocompress.compression import Candidate, ShadowedLayer, counted
 from autocompress.divergence import divergence, is_comparable
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
+from autocompress.reparametrization import copied
 from autocompress.replacement import original_names
 from autocompress.replay import Replay, can_replay
 from autocompress.seeds import seeded
@@ -119,7 +120,7 @@ class Prober:
                     for shadow in shadows:
                         shadow.write(shadow.effective())
         if dimension == "vectors":
-            model = copy.deepcopy(candidate.model)
+            model = copied(candidate.model)
             stored = _vector_plans(candidate, choice)
             folded = fold_norms(model) | {name: decoded(plan) for name, plan in stored.items()}
             # on their own statistics: the distance is taken with those of the batch, which folding has no place for
@@ -133,7 +134,7 @@ class Prober:
 def rebuilt(candidate: Candidate, site: str, dimension: str, choice: Choice) -> nn.Module:
     """A copy of the candidate's model with one more choice of structure."""
     chosen = counted({site: choice}, dimension, candidate.anatomy)
-    return structures()[dimension].apply(copy.deepcopy(candidate.model), chosen, candidate.run)
+    return structures()[dimension].apply(copied(candidate.model), chosen, candidate.run)
 
 
 @contextmanager

@@ -10,13 +10,13 @@ does not compute past its modules any more, which in evaluation it does as if th
 from __future__ import annotations
 
 import copy
+from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-
-from autocompress.nested import leaves
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -80,6 +80,13 @@ def _linear(conv1d: nn.Module) -> nn.Linear:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model that keeps tensors of its last forward pass, which are copied without their past."""
-    kept = [t for module in model.modules() for t in leaves(vars(module)) if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in kept})
+    """A deep copy; tensors that a model keeps of its last forward pass, wherever, are copied without their past."""
+    with mock.patch.object(Tensor, "__deepcopy__", _without_past):
+        return copy.deepcopy(model)
+
+
+_deepcopy = Tensor.__deepcopy__
+
+
+def _without_past(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    return _deepcopy(tensor, memo) if tensor.is_leaf else tensor.detach().clone()  # type: ignore[no-untyped-call]

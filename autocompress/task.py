@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import math
@@ -21,10 +20,12 @@ from autocompress.errors import AutocompressError, TaskError, in_words, near_mis
 from autocompress.metric import Metric, SplitMetric, score
 from autocompress.nested import leaves, map_leaves
 from autocompress.reparametrization import copied, plain
+from autocompress.replacement import Replacement
 from autocompress.seeds import seeded
 
 Batch = Any
-"""`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`)."""
+"""`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`), each as one where
+`forward` takes only that."""
 Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
 
@@ -129,11 +130,21 @@ class Task:
                 f"task {self.name!r}: a batch must be (inputs, target), got {type(batch).__name__}; "
                 "pass forward= for any other form"
             ) from None
-        if isinstance(inputs, (tuple, list)):
-            return model(*inputs), target
-        if isinstance(inputs, Mapping):
+        if isinstance(inputs, Mapping) and (_takes(model, **inputs) or not _takes(model, inputs)):
             return model(**inputs), target
+        if isinstance(inputs, (tuple, list)) and (_takes(model, *inputs) or not _takes(model, inputs)):
+            return model(*inputs), target
         return model(inputs), target
+
+
+def _takes(model: nn.Module, *args: Any, **named: Any) -> bool:
+    """Whether `forward` has a place for each of these."""
+    own = next(module for module in model.modules() if not isinstance(module, Replacement))
+    try:
+        inspect.signature(own.forward).bind(*args, **named)
+    except TypeError:
+        return False
+    return True
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -258,7 +269,7 @@ def check_task(task: Task, model: nn.Module) -> None:
     """One loss and one metric on one batch of each split, and one loss in training, or a TaskError; and one for a model
     that has nothing to compress."""
     _check_settings(task, model)
-    trained = copy.deepcopy(model).train(task.epochs > 0)
+    trained = copied(model).train(task.epochs > 0)
     for split, how, tried in [(s, "", model) for s in ("train", "val", "test")] + [("train", " in training", trained)]:
         try:
             batch = to_device(next(task.batches(split)), device_of(model))

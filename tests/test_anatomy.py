@@ -16,6 +16,7 @@ from autocompress.compression import Candidate
 from autocompress.recipe import Recipe
 from autocompress.task import Calibration, Task
 from autocompress.techniques.channels import Channels
+from autocompress.techniques.importance import importance
 from tests.conftest import zoo_task
 
 
@@ -213,6 +214,60 @@ def test_each_group_of_a_norm_loses_as_many_channels() -> None:
     decoded = unpack(pack(candidate.weights(), candidate.recipe), Normed)
     assert torch.equal(run(decoded.eval()), run(candidate.model.eval()))
     assert decoded.three.num_channels == 12
+
+
+class Segmenter(nn.Module):
+    """As nnU-Net and MONAI build them: norms of instances, slopes that are learned, joined channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(1, 8, 3, 1, 1), nn.Conv2d(8, 12, 2, 2)
+        self.up, self.joined, self.head = nn.ConvTranspose2d(12, 8, 2, 2), nn.Conv2d(16, 6, 3, 1, 1), nn.Conv2d(6, 2, 1)
+        self.norms = nn.ModuleList(nn.InstanceNorm2d(n, affine=True) for n in (8, 12, 8, 6))
+        self.slopes = nn.ModuleList(nn.PReLU() for _ in self.norms)
+        self.unscaled = nn.InstanceNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.slopes[0](self.norms[0](self.stem(x)))
+        below = self.slopes[1](self.norms[1](self.down(first)))
+        up = self.unscaled(self.slopes[2](self.norms[2](self.up(below)) + first))
+        out: Tensor = self.head(self.slopes[3](self.norms[3](self.joined(torch.cat([up, first], 1)))))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features")
+def test_what_is_silent_is_missed_by_nobody_once_it_is_removed() -> None:
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def run(model: nn.Module) -> Tensor:
+        out: Tensor = model(x)
+        return out
+
+    model = Segmenter().double().eval()
+    groups = read_anatomy(model, run).groups
+    assert [group.name for group in groups] == ["stem", "down", "joined"]
+    graph = ChannelGraph(model, run)
+    for group in groups:
+        channel = group.channels // 3
+        with torch.no_grad():
+            for maker in graph.makers(group.name):
+                weight, bias = maker.weight, maker.bias
+                assert isinstance(weight, Tensor)
+                assert isinstance(bias, Tensor)
+                weight.select(1 if isinstance(maker, nn.ConvTranspose2d) else 0, channel).zero_()
+                bias[channel] = 0
+        before = run(model)
+        graph.remove(group.name, [channel])
+        torch.testing.assert_close(run(model), before)
+    assert [norm.weight.numel() for norm in model.norms] == [7, 11, 7, 5]
+
+
+def test_channels_behind_a_norm_of_several_dimensions_are_ranked() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm((5, 8)), nn.Linear(8, 2))
+    batches = [(torch.randn(4, 5, 3), torch.zeros(4, 5, 2))]
+    run = Calibration(Task(model, batches, batches, batches), batches)
+    for criterion in ("l2", "lamp", "geometric-median", "activation"):
+        assert importance(criterion, ChannelGraph(model, run), "0", run).shape == (8,)
 
 
 class Shuffled(nn.Module):

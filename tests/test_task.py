@@ -24,6 +24,7 @@ from autocompress.task import (
     measure,
     to_device,
 )
+from autocompress.techniques.stack import Stack
 from tests.conftest import zoo_task
 
 BATCH = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
@@ -47,6 +48,24 @@ def test_inputs_are_spread_over_the_model(inputs: Any) -> None:
     output, target = task.run(task.build(), (inputs, 7))
     assert output.tolist() == [[2, 2], [2, 2]]
     assert target == 7
+
+
+class SumOfOne(nn.Module):
+    """Takes all that it adds as one."""
+
+    def forward(self, given: Any) -> torch.Tensor:
+        a, b = given.values() if isinstance(given, dict) else given
+        out: torch.Tensor = a + b
+        return out
+
+
+@pytest.mark.parametrize("inputs", [[torch.ones(2, 2)] * 2, {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}])
+def test_inputs_stay_as_one_where_the_model_takes_only_that(inputs: Any) -> None:
+    task = linear_task(model=SumOfOne())
+    for model in (task.build(), Stack([task.build(), task.build()])):
+        assert task.run(model, (inputs, 7))[0].tolist() == [[2, 2], [2, 2]]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'c'"):
+        linear_task(model=Sum()).run(Sum(), ({"a": torch.ones(2), "c": torch.ones(2)}, 7))
 
 
 class TwoHeads(nn.Module):

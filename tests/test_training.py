@@ -212,6 +212,16 @@ def test_divergence_is_torchs_kl_divergence() -> None:
     assert float(divergence((student, "x"), (student, "x"), None)) == 0
 
 
+def test_one_number_has_no_variance_to_be_measured_by() -> None:
+    """As that of a regression on the last sample of a split."""
+    one, other, none = torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.zeros(4, 0)
+    assert float(divergence((one, none), (other, none), torch.zeros(1, 1))) == 0
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    batches = [(x[:8], x[:8, :1]), (x[8:], x[8:, :1])]
+    task = Task(nn.Linear(6, 1), batches, batches, batches, loss=nn.functional.mse_loss)
+    assert [*fine_tune(task, candidate_of(task, {}), task.build(), 2)] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("output", "target", "classes"),
     [

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy, Block, read_anatomy
 from autocompress.channel_graph import ChannelGraph
 from autocompress.nested import leaves, map_leaves
+from autocompress.reparametrization import copied
 from autocompress.replacement import Replacement
 from autocompress.task import Calibration
 from autocompress.techniques.importance import importance
@@ -78,7 +79,7 @@ class Narrow(Structure):
         short = run.shortened(model)
         inner = next(block.inner for block in read_anatomy(model, short).blocks if block.name == name)
         for number in range(count):
-            twin = copy.deepcopy(model)
+            twin = copied(model)
             graph = ChannelGraph(twin, short)
             # all judged before any is removed: removal shifts the channels of concatenations
             judged = {group: importance("l2", graph, group, run) for group in inner}
