@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
@@ -13,11 +13,13 @@ from unittest import mock
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
 from autocompress.errors import in_words
-from autocompress.hooks import Hook, forward_hooks
+from autocompress.hooks import forward_hooks
 from autocompress.nested import leaves
 from autocompress.replacement import Elementwise, channel_makers
 from autocompress.surgery import owners, resizable
@@ -25,7 +27,8 @@ from autocompress.surgery import owners, resizable
 _MOST_MEMBERS, _MOST_PLACES = 1000, 300_000
 """Operations in which the channels of one group are found, and places in all of them, of a group of few channels."""
 
-_INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
+_LAST = 2**64 - 1
+"""The last dimension, -1, as autograd tells it."""
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on a calibration batch and returns its output."""
@@ -92,9 +95,15 @@ class ChannelGraph:
             return [leaf for leaf in leaves(run(module)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
         # what they compute would be followed operation by operation, through the sorting and reshaping of it, too
-        passed = [(module, stand_in) for module in model.modules() if (stand_in := _stand_in(module))]
-        with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed):
+        passed = ((module, _input) for module in model.modules() if isinstance(module, Elementwise))
+        with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed), _FewerOperations():
             self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
+            for node in self._graph.module2node.values():
+                # which are not looked at behind a token of class, lest it is tokens that are split
+                if node.type == tp.ops.OPTYPE.SPLIT and node.grad_fn._saved_dim == _LAST:
+                    node.enable_index_mapping = True
+                    index_mapping.update_split_index_mapping(self._graph, node)
+        self._up_to_date = True
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -135,10 +144,15 @@ class ChannelGraph:
     def _of(self, layer: nn.Module) -> Any:
         """The group of the channels that the layer makes."""
         pruner = self._graph.get_pruner_of_module(layer)
+        return self._group(layer, pruner.prune_out_channels, [*range(pruner.get_out_channels(layer))])
+
+    def _group(self, layer: nn.Module, remove: Any, channels: list[int]) -> Any:
         with _quiet(), _mended():
-            return self._graph.get_pruning_group(
-                layer, pruner.prune_out_channels, [*range(pruner.get_out_channels(layer))]
-            )
+            if not self._up_to_date:
+                index_mapping.update_index_mapping(self._graph)
+                self._up_to_date = True
+            with mock.patch.object(index_mapping, "update_index_mapping"):  # most of the time, asked once more
+                return self._graph.get_pruning_group(layer, remove, channels)
 
     def _makers(self, group: Any) -> list[nn.Module]:
         return [dep.target.module for dep, _ in group if self._makes(dep)]
@@ -201,8 +215,7 @@ class ChannelGraph:
         apart = len(each) // math.lcm(*(norm.num_groups for norm in norms))
 
         def unit(channel: int) -> tuple[int, ...]:
-            with _quiet(), _mended():
-                group = self._graph.get_pruning_group(root.target.module, root.handler, [channel])
+            group = self._group(root.target.module, root.handler, [channel])
             return tuple(sorted({i for dep, found in group if dep.target is root.target for i in found}))
 
         alone = all(item.idxs == item.root_idxs for item in group) or unit(0) == (0,)  # then all are
@@ -222,12 +235,15 @@ class ChannelGraph:
         for module, attributes in snapshot:
             vars(module).clear()
             vars(module).update(attributes)
+        self._up_to_date = False
 
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove these channels physically from every layer of the group."""
         root = self.groups[name][0].dep
-        with _quiet(), _mended():
-            self._graph.get_pruning_group(root.target.module, root.handler, channels).prune()
+        group = self._group(root.target.module, root.handler, channels)
+        with _quiet():
+            group.prune()
+        self._up_to_date = False
 
 
 def _has_just(module: nn.Module, item: Any) -> bool:
@@ -237,27 +253,31 @@ def _has_just(module: nn.Module, item: Any) -> bool:
     return bool(item.root_idxs == item.idxs == [*range(module.num_channels)])
 
 
-def _stand_in(module: nn.Module) -> Hook | None:
-    """What hands on the same channels in fewer operations than the module."""
-    if isinstance(module, _INSTANCE_NORM):
-        return _normed
-    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return _scaled
-    return _input if isinstance(module, Elementwise) else None
+class _FewerOperations(TorchFunctionMode):
+    """Functions whose operations would be followed for the channels are others, with the same channels."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {**dict(zip(_ARGUMENTS.get(func, ()), args, strict=False)), **(kwargs or {})}
+        if func is F.glu:
+            left, right = given["input"].chunk(2, given.get("dim", -1))
+            return left * right.sigmoid()
+        if func is F.instance_norm:  # to torch the channels of all samples are those of one
+            x = given["input"]
+            means, variances = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+            return F.batch_norm(x, means, variances, given.get("weight"), given.get("bias"))
+        if func is F.prelu and given["weight"].numel() == 1:
+            return given["input"] * 1.0
+        return func(*args, **(kwargs or {}))
+
+
+_ARGUMENTS = {
+    F.glu: ("input", "dim"),
+    F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias"),
+    F.prelu: ("input", "weight"),
+}
 
 
 def _input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return args[0]
-
-
-def _scaled(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return args[0] * 1.0
-
-
-def _normed(norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """As by a norm of batches; torch makes the channels of all samples those of one."""
-    assert isinstance(norm, _INSTANCE_NORM)
-    (x,) = args
-    if x.shape[1] != norm.num_features:  # a single sample
-        return None
-    return nn.functional.batch_norm(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), norm.weight, norm.bias)

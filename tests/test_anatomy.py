@@ -262,6 +262,19 @@ def test_what_is_silent_is_missed_by_nobody_once_it_is_removed() -> None:
     assert [norm.weight.numel() for norm in model.norms] == [7, 11, 7, 5]
 
 
+def test_a_gate_goes_with_what_it_opens() -> None:
+    def run(model: nn.Module) -> object:
+        return model(torch.zeros(4, 5, 6))
+
+    model = nn.Sequential(nn.Linear(6, 16), nn.GLU(), nn.Linear(8, 3)).eval()
+    assert [group.name for group in read_anatomy(model, run).groups] == ["0"]
+    graph = ChannelGraph(model, run)
+    assert graph.coupled("0") == [[c, c + 8] for c in range(8)]
+    graph.remove("0", [2, 10])
+    assert tuple(model[2].weight.shape) == (3, 7)
+    run(model)
+
+
 def test_channels_behind_a_norm_of_several_dimensions_are_ranked() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm((5, 8)), nn.Linear(8, 2))
     batches = [(torch.randn(4, 5, 3), torch.zeros(4, 5, 2))]
