@@ -22,7 +22,7 @@ from autocompress.errors import in_words
 from autocompress.hooks import forward_hooks
 from autocompress.nested import leaves
 from autocompress.replacement import Elementwise, channel_makers
-from autocompress.surgery import owners, resizable
+from autocompress.surgery import agree, owners, resizable
 
 _MOST_MEMBERS, _MOST_PLACES = 1000, 300_000
 """Operations in which the channels of one group are found, and places in all of them, of a group of few channels."""
@@ -43,6 +43,9 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
+
+
+Snapshot = tuple[list[tuple[nn.Module, dict[str, Any]]], dict[Any, Any], dict[Any, str]]
 
 
 class _EndlessError(Exception):
@@ -168,13 +171,28 @@ class ChannelGraph:
             module = item.dep.target.module
             if type(module).__module__.startswith("torch_pruning"):
                 continue
-            through = self.names.get(id(module), "a parameter")
+            if isinstance(module, nn.Parameter):
+                module = self._owner(module)
+            through = self.names[id(module)]
             if id(module) in self._tied:
                 shares = "shares a weight with another layer"
                 return shares if through == name else f"its channels pass through {through}, which {shares}"
-            if not isinstance(module, nn.Module) or not resizable(module) or not _has_just(module, item):
+            if not resizable(module) or not _has_just(module, item):
                 return f"its channels pass through {through} ({type(module).__name__})"
+            if not self._has(item):
+                return f"its channels cannot be followed into {through}"
         return ""
+
+    def _has(self, item: Any) -> bool:
+        """Whether there are such channels: joined and split ones are at times found where there are none."""
+        graph, dep = self._graph, item.dep
+        makes = graph.is_out_channel_pruning_fn(dep.handler)
+        count = graph.get_out_channels(dep.target) if makes else graph.get_in_channels(dep.target)
+        return count is None or max(item.idxs) < count
+
+    def _owner(self, parameter: nn.Parameter) -> nn.Module:
+        """Whose it is; it is none of a layer that is known."""
+        return self.model.get_submodule(self._graph._param_to_name[parameter].rpartition(".")[0])
 
     def channels(self, name: str) -> int:
         return len(self.groups[name][0].idxs)
@@ -223,18 +241,23 @@ class ChannelGraph:
             return [[*each[channel::apart]] for channel in range(apart)]
         return [[*each]] if apart < len(each) else [[*unit] for unit in dict.fromkeys(map(unit, each))]
 
-    def snapshot(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+    def snapshot(self) -> Snapshot:
         """What `remove` changes, for `restore`."""
         followed = {module for module in self._graph.module2node if isinstance(module, nn.Module)}
-        return [
+        attributes = [
             (module, {k: v.copy() if type(v) in (dict, list) else v for k, v in vars(module).items()})
             for module in followed.union(self.model.modules())
         ]
+        return attributes, self._graph.module2node.copy(), self._graph._param_to_name.copy()
 
-    def restore(self, snapshot: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-        for module, attributes in snapshot:
+    def restore(self, snapshot: Snapshot) -> None:
+        attributes, nodes, names = snapshot
+        for module, before in attributes:
             vars(module).clear()
-            vars(module).update(attributes)
+            vars(module).update(before)
+        for module, node in nodes.items():
+            node.module = module
+        self._graph.module2node, self._graph._param_to_name = nodes.copy(), names.copy()
         self._up_to_date = False
 
     def remove(self, name: str, channels: list[int]) -> None:
@@ -243,6 +266,9 @@ class ChannelGraph:
         group = self._group(root.target.module, root.handler, channels)
         with _quiet():
             group.prune()
+        for dep, _ in group:
+            if isinstance(dep.target.module, nn.Parameter):
+                agree(self._owner(dep.target.module))
         self._up_to_date = False
 
 

@@ -35,13 +35,18 @@ def _linear(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer.out_features, layer.in_features = shape
 
 
+def _embedding(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    assert isinstance(layer, nn.Embedding)
+    layer.num_embeddings, layer.embedding_dim = shape
+
+
 def _norm(layer: nn.Module, shape: tuple[int, ...]) -> None:
     assert isinstance(layer, _NORM)
     layer.num_features = shape[0]
 
 
 def _layer_norm(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    assert isinstance(layer, nn.LayerNorm)
+    assert isinstance(layer, (nn.LayerNorm, nn.RMSNorm))
     layer.normalized_shape = shape
 
 
@@ -60,8 +65,10 @@ def _prelu(layer: nn.Module, shape: tuple[int, ...]) -> None:
 _RESIZE: tuple[tuple[type[nn.Module], Callable[[nn.Module, tuple[int, ...]], None]], ...] = (
     (_CONV, _conv),
     (nn.Linear, _linear),
+    (nn.Embedding, _embedding),
     (_NORM, _norm),
     (nn.LayerNorm, _layer_norm),
+    (nn.RMSNorm, _layer_norm),
     (nn.GroupNorm, _group_norm),
     (nn.PReLU, _prelu),
 )
@@ -70,12 +77,15 @@ _RESIZE: tuple[tuple[type[nn.Module], Callable[[nn.Module, tuple[int, ...]], Non
 def resizable(layer: nn.Module) -> bool:
     """Whether this kind of layer can take tensors with another number of channels.
 
-    Grouped convolutions can only when they are depthwise with one filter a channel.
+    Grouped convolutions can only when they are depthwise with one filter a channel. What is none of torch's layers is
+    thought to compute with the tensors that it has: that is tried before its channels are pruned.
     """
     if isinstance(layer, _CONV) and layer.groups > 1:
         depthwise = layer.groups == layer.in_channels == layer.out_channels
         return depthwise and not isinstance(layer, _TRANSPOSED)
-    return isinstance(layer, tuple(kind for kind, _ in _RESIZE))
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not layer.elementwise_affine:
+        return False  # no tensor of it would tell
+    return isinstance(layer, tuple(kind for kind, _ in _RESIZE)) or not type(layer).__module__.startswith("torch.nn.")
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -132,8 +142,13 @@ def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             setattr(module, name, new)
             resized[module] = None
     for module in resized:
-        shape = max((tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False))), key=len)
-        for kind, resize in _RESIZE:
-            if isinstance(module, kind):
-                resize(module, shape)
-                break
+        agree(module)
+
+
+def agree(module: nn.Module) -> None:
+    """The attributes of one of torch's layers follow the shapes of its tensors."""
+    shape = max((tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False))), key=len)
+    for kind, resize in _RESIZE:
+        if isinstance(module, kind):
+            resize(module, shape)
+            break

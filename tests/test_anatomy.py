@@ -262,6 +262,49 @@ def test_what_is_silent_is_missed_by_nobody_once_it_is_removed() -> None:
     assert [norm.weight.numel() for norm in model.norms] == [7, 11, 7, 5]
 
 
+class Width(nn.Module):
+    """Embeddings, a norm and a scale of its own have one width in common."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(20, 8), norm or nn.RMSNorm(8)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.linspace(1, 2, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        out: Tensor = self.head((x + self.scale * self.down(self.up(self.norm(x)).relu())).mean(1))
+        return out
+
+
+def test_channels_of_a_models_own_parameters_can_go() -> None:
+    ids = torch.arange(40).view(4, 10) % 20
+    batches = [(ids, torch.zeros(4, dtype=torch.long))]
+    task = Task(Width(), batches, batches, batches)
+    model, run = task.build().eval(), Calibration(task, batches)
+    anatomy, before = read_anatomy(model, run), run(model)
+    assert [group.name for group in anatomy.groups] == ["up", "down"]
+    graph = ChannelGraph(model, run)
+    for _ in range(2):
+        whole = graph.snapshot()
+        graph.remove("down", [1, 3, 4])
+        assert (model.scale.shape, model.norm.normalized_shape, model.table.embedding_dim) == ((5,), (5,), 5)
+        run(model)
+        graph.restore(whole)
+        assert torch.equal(run(model), before)
+    candidate = Candidate(model, anatomy, Recipe.of({"up:channels": 0.5, "down:channels": 0.5}), run)
+    decoded = unpack(pack(candidate.weights(), candidate.recipe), Width).eval()
+    assert torch.equal(run(decoded), run(candidate.model.eval()))
+    assert (decoded.scale.shape, decoded.norm.normalized_shape, decoded.table.embedding_dim) == ((4,), (4,), 4)
+
+
+def test_a_norm_without_tensors_keeps_its_width() -> None:
+    """Nothing in the file would tell it."""
+    bare = Width(nn.LayerNorm(8, elementwise_affine=False)).eval()
+    anatomy = read_anatomy(bare, lambda model: model(torch.arange(10)[None]))
+    assert anatomy.left_alone["down"] == "its channels pass through norm (LayerNorm)"
+
+
 def test_a_gate_goes_with_what_it_opens() -> None:
     def run(model: nn.Module) -> object:
         return model(torch.zeros(4, 5, 6))
