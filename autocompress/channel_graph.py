@@ -290,7 +290,7 @@ class _FewerOperations(TorchFunctionMode):
             left, right = given["input"].chunk(2, given.get("dim", -1))
             return left * right.sigmoid()
         if func is F.instance_norm:  # to torch the channels of all samples are those of one
-            x = given["input"]
+            x = given["input"].contiguous()
             means, variances = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
             return F.batch_norm(x, means, variances, given.get("weight"), given.get("bias"))
         if func is F.prelu and given["weight"].numel() == 1:

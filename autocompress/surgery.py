@@ -17,6 +17,7 @@ from autocompress.errors import ArtifactError
 _CONV = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 _NORM = nn.modules.batchnorm._NormBase
+_NO_LAYERS = {"torch.nn.modules.module", "torch.nn.modules.container"}
 
 
 def _conv(layer: nn.Module, shape: tuple[int, ...]) -> None:
@@ -77,7 +78,7 @@ _RESIZE: tuple[tuple[type[nn.Module], Callable[[nn.Module, tuple[int, ...]], Non
 def resizable(layer: nn.Module) -> bool:
     """Whether this kind of layer can take tensors with another number of channels.
 
-    Grouped convolutions can only when they are depthwise with one filter a channel. What is none of torch's layers is
+    Grouped convolutions can only when they are depthwise with one filter a channel. What is no layer of torch's is
     thought to compute with the tensors that it has: that is tried before its channels are pruned.
     """
     if isinstance(layer, _CONV) and layer.groups > 1:
@@ -85,7 +86,8 @@ def resizable(layer: nn.Module) -> bool:
         return depthwise and not isinstance(layer, _TRANSPOSED)
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not layer.elementwise_affine:
         return False  # no tensor of it would tell
-    return isinstance(layer, tuple(kind for kind, _ in _RESIZE)) or not type(layer).__module__.startswith("torch.nn.")
+    torchs = {kind.__module__ for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.")}
+    return isinstance(layer, tuple(kind for kind, _ in _RESIZE)) or torchs <= _NO_LAYERS
 
 
 def as_real(tensor: Tensor) -> Tensor:
