@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import warnings
@@ -91,7 +92,7 @@ class ChannelGraph:
     name; all by default."""
 
     def __init__(self, model: nn.Module, run: Run, only: Collection[str] = ()) -> None:
-        self.model = model
+        self.model, self._run = model, run
         self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
 
         def outputs(module: nn.Module, _: Any) -> list[Tensor]:
@@ -99,14 +100,15 @@ class ChannelGraph:
 
         # what they compute would be followed operation by operation, through the sorting and reshaping of it, too
         passed = ((module, _input) for module in model.modules() if isinstance(module, Elementwise))
-        with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed), _FewerOperations():
+        following = _Following()
+        with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed), following:
             self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
             for node in self._graph.module2node.values():
                 # which are not looked at behind a token of class, lest it is tokens that are split
                 if node.type == tp.ops.OPTYPE.SPLIT and node.grad_fn._saved_dim == _LAST:
                     node.enable_index_mapping = True
                     index_mapping.update_split_index_mapping(self._graph, node)
-        self._up_to_date = True
+        self._heads, self._up_to_date = following.heads, True
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -227,7 +229,35 @@ class ChannelGraph:
 
     def coupled(self, name: str) -> list[list[int]]:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
-        computed of them, or one of each group that a norm has."""
+        computed of them, one of each group that a norm has, one of each head of an attention, or a whole head."""
+        units = self._coupled(name)
+        known = {self._heads.get(dep.target.grad_fn, 1) for dep, _ in self.groups[name]}
+        heads = sorted(count for count in known if count > 1 and len(units) % count == 0)
+        if not heads or self._runs_without(name, units[0]):
+            return units
+        for count in heads:
+            width = len(units) // count
+            of_each = [units[at::width] for at in range(width)]
+            whole = [units[at : at + width] for at in range(0, len(units), width)]
+            for together in (of_each, whole):
+                joined = [sorted(itertools.chain(*parts)) for parts in together]
+                if self._runs_without(name, joined[0]):
+                    return joined
+        return units
+
+    @torch.no_grad()
+    def _runs_without(self, name: str, channels: list[int]) -> bool:
+        before = self.snapshot()
+        try:
+            self.remove(name, channels)
+            self._run(self.model)
+        except Exception:  # whatever a model's own code makes of it
+            return False
+        finally:
+            self.restore(before)
+        return True
+
+    def _coupled(self, name: str) -> list[list[int]]:
         group, root, each = self.groups[name], self.groups[name][0].dep, range(self.channels(name))
         norms = [dep.target.module for dep, _ in group if isinstance(dep.target.module, nn.GroupNorm)]
         apart = len(each) // math.lcm(*(norm.num_groups for norm in norms))
@@ -279,8 +309,14 @@ def _has_just(module: nn.Module, item: Any) -> bool:
     return bool(item.root_idxs == item.idxs == [*range(module.num_channels)])
 
 
-class _FewerOperations(TorchFunctionMode):
-    """Functions whose operations would be followed for the channels are others, with the same channels."""
+class _Following(TorchFunctionMode):
+    """Has functions whose operations would be followed for the channels compute others, with the same channels, and
+    keeps what splits channels into heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = dict[Any, int]()
+        """Step of the graph of gradients -> heads."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -295,9 +331,15 @@ class _FewerOperations(TorchFunctionMode):
             return F.batch_norm(x, means, variances, given.get("weight"), given.get("bias"))
         if func is F.prelu and given["weight"].numel() == 1:
             return given["input"] * 1.0
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if func in _VIEWS and isinstance(args[0], Tensor) and args[0].ndim:
+            before, after = args[0].shape, output.shape
+            if after[: len(before) - 1] == before[:-1] and len(after) > len(before):
+                self.heads[output.grad_fn] = after[-2]
+        return output
 
 
+_VIEWS = {Tensor.view, Tensor.reshape, Tensor.unflatten, torch.reshape, torch.unflatten}
 _ARGUMENTS = {
     F.glu: ("input", "dim"),
     F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias"),
