@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,9 @@ from autocompress.surgery import agree, owners, resizable
 
 _MOST_MEMBERS, _MOST_PLACES = 1000, 300_000
 """Operations in which the channels of one group are found, and places in all of them, of a group of few channels."""
+
+_MENDING = threading.RLock()
+"""Held while Torch-Pruning is changed, which is for all threads."""
 
 _LAST = 2**64 - 1
 """The last dimension, -1, as autograd tells it."""
@@ -80,6 +84,7 @@ def _mended() -> Iterator[None]:
     concat = without(TypeError, index_mapping.update_concat_index_mapping)
     reshape = without(ZeroDivisionError, index_mapping.update_reshape_index_mapping)
     with (
+        _MENDING,
         mock.patch.object(Group, "add_dep", add_dep),
         mock.patch.object(index_mapping, "update_concat_index_mapping", concat),
         mock.patch.object(index_mapping, "update_reshape_index_mapping", reshape),

@@ -18,6 +18,8 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from autocompress.errors import TaskError, in_words
+
 
 def plain(model: nn.Module) -> nn.Module:
     """`model`, changed in place, or what was compiled, whose tensors are all as they are used in evaluation."""
@@ -80,9 +82,15 @@ def _linear(conv1d: nn.Module) -> nn.Linear:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that a model keeps of its last forward pass, wherever, are copied without their past."""
-    with mock.patch.object(Tensor, "__deepcopy__", _without_past):
-        return copy.deepcopy(model)
+    """A deep copy; tensors that a model keeps of its last forward pass, wherever, are copied without their past. Raises
+    TaskError where there can be none."""
+    try:
+        with mock.patch.object(Tensor, "__deepcopy__", _without_past):
+            return copy.deepcopy(model)
+    except Exception as error:
+        raise TaskError(
+            f"the model cannot be copied ({in_words(error)}): what copy.deepcopy cannot do should be no attribute of it"
+        ) from error
 
 
 _deepcopy = Tensor.__deepcopy__

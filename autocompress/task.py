@@ -22,6 +22,7 @@ from autocompress.nested import leaves, map_leaves
 from autocompress.reparametrization import copied, plain
 from autocompress.replacement import Replacement
 from autocompress.seeds import seeded
+from autocompress.surgery import tensors
 
 Batch = Any
 """`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`), each as one where
@@ -293,6 +294,16 @@ def _check_settings(task: Task, model: nn.Module) -> None:
             f"task {task.name!r}: the model has no parameters of floats, so nothing to compress: give it as it was "
             "trained, not quantised"
         )
+    held = {tensor.data_ptr() for tensor in tensors(model).values()}
+    for key, value in model.state_dict().items():
+        for leaf in leaves(value):
+            if isinstance(leaf, torch.ScriptObject) or (
+                isinstance(leaf, Tensor) and leaf.numel() > 1 and leaf.data_ptr() not in held
+            ):
+                raise TaskError(
+                    f"task {task.name!r}: {key!r} of the model's state_dict is no parameter and no buffer, and would "
+                    "be in no file: give the model as it was trained, not quantised"
+                )
     if not (isinstance(task.epochs, int) and task.epochs >= 0):
         raise TaskError(f"task {task.name!r}: epochs must be a whole number, 0 or more, not {task.epochs!r}")
     if not (isinstance(task.learning_rate, Real) and 0 < task.learning_rate < math.inf):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,9 +143,18 @@ def test_what_a_forward_pass_left_on_a_model_is_copied_with_it() -> None:
     assert made.last is made.seen[0] is made.record.value
 
 
+class Locked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.lock = threading.Lock()
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_what_cannot_be_compressed_is_refused() -> None:
+    mixed = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3, bias=False))
     for unfit, message in (
+        (Locked, r"cannot be copied \(TypeError: .*lock.*\): what copy.deepcopy cannot do"),
+        (torch.ao.quantization.quantize_dynamic(mixed, {"1"}), "'1.*of the model's state_dict is no parameter and no"),
         (nn.Sequential(nn.LazyLinear(3)), r"'0.weight' has no shape yet: run the model on a batch"),
         (torch.jit.script(nn.Linear(6, 3)), r"is a ScriptModule, .*: give the nn.Module"),
         (nn.Softmax(1), r"has no parameters of floats, so nothing to compress"),
@@ -154,9 +164,19 @@ def test_what_cannot_be_compressed_is_refused() -> None:
             check_task(task, task.build())
 
 
+class Here:
+    """What can be copied, but not sent."""
+
+    def __deepcopy__(self, memo: object) -> Here:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError("it is of this process")
+
+
 def test_a_model_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(6, 3)
-    model.log = (tmp_path / "log").open("w")  # type: ignore[assignment]
+    model.log = Here()  # type: ignore[assignment]
     with pytest.raises(TaskError, match=r"the model of task 'custom' cannot be sent to workers \(TypeError: "):
         payload(task_of(nn.Linear(6, 3)), True, model, BoundSpace(()), tmp_path, 0)
 

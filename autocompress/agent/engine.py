@@ -6,12 +6,14 @@ node) is an event after which the controller starts a new one for what remains.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import traceback
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -46,6 +49,10 @@ _TOKEN = secrets.token_hex(32)
 LOOPBACK = "127.0.0.1"
 _PATIENCE = 120
 """Seconds in which a node must answer; its first worker may have to import torch from a slow disk."""
+
+
+_PRIVATE = threading.Lock()
+"""Held while this process has a private Ray; there cannot be two."""
 
 
 class Supply(Protocol):
@@ -84,6 +91,7 @@ class Connection:
             ray.shutdown()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            _PRIVATE.release()
         self.closed.set()
 
 
@@ -152,14 +160,24 @@ def starting_ray(workers: int) -> Future[Connection]:
     return started
 
 
+@cache
+def _token() -> Path:
+    """The file that it is in, as long as this process runs: Ray, which remembers it, may be started again by others."""
+    handle, path = tempfile.mkstemp(prefix="acz-token-")  # for its owner's eyes only
+    with os.fdopen(handle, "w") as file:
+        file.write(_TOKEN)
+    atexit.register(Path(path).unlink, missing_ok=True)
+    return Path(path)
+
+
 def start_ray(workers: int) -> Connection:
-    """A private Ray on loopback, silent, for so many workers."""
+    """A private Ray on loopback, silent, for so many workers. Raises RunError when it does not start, or another search
+    of this process has one."""
+    if not _PRIVATE.acquire(blocking=False):
+        raise RunError("another search of this process is running: wait for its end, or search in a process of its own")
     os.environ.update(_SETTINGS)
     folder = Path(tempfile.mkdtemp(prefix="acz-", dir="/tmp" if Path("/tmp").is_dir() else None))
-    token = folder / "token"
-    token.touch(0o600)
-    token.write_text(_TOKEN)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token())
     import ray
 
     try:
@@ -177,8 +195,14 @@ def start_ray(workers: int) -> Connection:
             )
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
+        _PRIVATE.release()
         raise RunError(f"Ray did not start: {error}") from error
     return Connection(folder)
+
+
+def is_connected() -> bool:
+    """Whether the caller has a Ray in this process."""
+    return not _PRIVATE.locked() and "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def join_ray(address: str, sample: Path) -> Connection:
@@ -322,15 +346,20 @@ def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpu
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(scratch),
+            storage_path=str(scratch.resolve()),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
+    log = logging.getLogger("ray.tune")
+    before = log.level
+    log.setLevel(logging.ERROR)  # as in a private Ray: it misses files that nobody needs
     try:
         tuner.fit()
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception:
         logging.getLogger("autocompress").warning("a Tune run ended early:\n%s", traceback.format_exc())
+    finally:
+        log.setLevel(before)

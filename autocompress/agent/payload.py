@@ -44,8 +44,9 @@ def payload(task: Task, named: bool, original: nn.Module, space: BoundSpace, fol
 
     Raises TaskError when the model or the task cannot be pickled.
     """
+    own = copied(original).cpu()
     try:
-        model = _pickled(copied(original).cpu())
+        model = _pickled(own)
     except Exception as error:
         raise TaskError(
             f"the model of task {task.name!r} cannot be sent to workers ({in_words(error)}): pickle must be able to "

@@ -115,9 +115,9 @@ class Preparation:
         self.cluster.wait(self.workers)
 
     def _prepare(self, address: str | None) -> None:
-        if address is not None:
+        if address is not None or engine.is_connected():
             self.tell("joining the cluster")
-            self.cluster.join(address, self.folder / LOG)
+            self.cluster.join(address or "auto", self.folder / LOG)
         self.tell("loading the model")
         self.original = self._original().to(fastest_device())
         check_task(self.task, self.original)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import autocompress
+from autocompress.errors import ArtifactError
 from autocompress.files import write_file
 from autocompress.nested import leaves
 from autocompress.probing import MANY_PROBES
@@ -38,7 +39,7 @@ def measured_profile(workshop: Workshop, measure: Callable[[], dict[str, Any]] |
         return measured
     try:
         write_file(path, json.dumps(measured).encode())
-    except OSError as error:  # no home, or a full one: measured again the next time
+    except ArtifactError as error:  # no home, or a full one: measured again the next time
         logging.getLogger("autocompress").info("the profile was not kept in %s: %s", path, error)
     return measured
 

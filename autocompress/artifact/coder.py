@@ -242,11 +242,21 @@ class CoderState:
         return self.buffer[: self.position].tobytes() + last
 
 
+def _can_keep() -> bool:
+    """Whether there is a place for what is compiled: where neither this folder nor a home can be written to, as in many
+    a container, numba would refuse, and each process compiles anew."""
+    try:
+        njit(cache=True)(_can_keep)
+    except RuntimeError:
+        return False
+    return True
+
+
 # Compiling takes seconds, once on a machine, so: types are given, or each mixture of integer types that a function is
 # called with would be compiled; functions that only compiled ones call have no way in from Python (to call one from
 # there crashes); min, max and new arrays, which numba would compile too, are not used. error_model: nothing is ever
 # divided by zero. `_mixed` and `_bit`, where the time of coding goes, LLVM must be told to inline.
-_compiled = partial(njit, cache=True, error_model="numpy", no_cfunc_wrapper=True)
+_compiled = partial(njit, cache=_can_keep(), error_model="numpy", no_cfunc_wrapper=True)
 _inner = partial(_compiled, no_cpython_wrapper=True)
 _at = np.uint64
 """An index from the start: of a signed one numba asks at every access whether it counts from the end, which took a

@@ -20,12 +20,9 @@ NODE = {"num_cpus": 1, "node_ip_address": engine.LOOPBACK, "object_store_memory"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    token = tmp_path_factory.mktemp("cluster") / "token"
-    token.touch(0o600)
-    token.write_text(engine._TOKEN)  # Ray's client remembers the first it read
+def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(engine._token()))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would make the host's own address of loopback's
         with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
@@ -49,6 +46,16 @@ def test_trials_run_on_all_nodes_and_outlive_one_of_them(cluster: Any, tmp_path:
     assert (tmp_path / "run" / "log").read_text().count(" bytes, validation accuracy ") == 6
     assert not list((tmp_path / "run").glob(".tune-*"))
     assert not ray.is_initialized()
+
+
+def test_what_the_caller_is_connected_to_is_used(cluster: Any, in_tmp: Path) -> None:
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        assert len(ac.search(mini.task(), 2, run="runs/mine", quiet=True)) > 0
+        assert "a Tune run ended early" not in Path("runs/mine/log").read_text()
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 def test_a_node_that_could_not_run_trials_is_named(

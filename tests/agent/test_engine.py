@@ -15,6 +15,7 @@ from ray.tune.utils.object_cache import _ObjectCache
 
 from autocompress.agent.engine import run_trials, start_ray
 from autocompress.agent.tuning import Rungs
+from autocompress.errors import RunError
 from autocompress.trial import TrialResult, TrialSpec
 
 
@@ -34,6 +35,8 @@ def test_nothing_listens_beyond_loopback(capfd: pytest.CaptureFixture[str]) -> N
     before = listening_elsewhere()
     connection = start_ray(1)
     try:
+        with pytest.raises(RunError, match="another search of this process is running"):
+            start_ray(1)
         assert ray.get(ray.remote(lambda: 41 + 1).remote()) == 42
         assert listening_elsewhere() <= before
     finally:

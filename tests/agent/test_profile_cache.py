@@ -42,6 +42,15 @@ def test_the_same_is_measured_once(measurements: list[Workshop]) -> None:
     assert len(measurements) == 1
 
 
+def test_no_home_costs_no_profile(
+    measurements: list[Workshop], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert measured_profile(workshop(small_digits()))["effects"]
+    assert len(measurements) == 1
+
+
 def test_another_model_sample_or_space_is_measured_again(measurements: list[Workshop]) -> None:
     measured_profile(workshop(small_digits()))
     other = small_digits()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -94,3 +98,12 @@ def test_structure_is_cheaper_than_entropy() -> None:
 
 def test_zeros_are_nearly_free() -> None:
     assert len(encode(np.zeros((1000, 1000), np.int32))) < 200
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_anew() -> None:
+    """As in a container that is read-only and has no home."""
+    nowhere = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    nowhere.pop("NUMBA_CACHE_DIR", None)
+    code = "from tests.artifact.test_coder import *; print(*decode(encode(np.eye(2, dtype=np.int32)), (2, 2)).flat)"
+    run = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True, check=False)
+    assert run.stdout == "1 0 0 1\n", run.stderr
