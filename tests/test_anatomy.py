@@ -262,6 +262,49 @@ def test_what_is_silent_is_missed_by_nobody_once_it_is_removed() -> None:
     assert [norm.weight.numel() for norm in model.norms] == [7, 11, 7, 5]
 
 
+class Attention(nn.Module):
+    """Of so many heads, or of so many as there are of a width that is known."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (part(x).view(*x.shape[:2], self.heads, self.width) for part in (self.q, self.k, self.v))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        said = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+        out: Tensor = self.o(said.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "first"),
+    [(3, -1, [0, 4, 8]), (-1, 4, [0, 1, 2, 3]), (3, 4, None)],
+    ids=["one of each head", "a whole head", "neither"],
+)
+def test_heads_become_narrower_or_fewer(heads: int, width: int, first: list[int] | None) -> None:
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+
+    def run(model: nn.Module) -> Tensor:
+        out: Tensor = model(x)
+        return out
+
+    model = nn.Sequential(Attention(heads, width), nn.Linear(12, 3)).eval()
+    anatomy = read_anatomy(model, run)
+    assert [group.name for group in anatomy.groups] == (["0.q", "0.o"] if first else ["0.o"])
+    if first:
+        graph = ChannelGraph(model, run)
+        assert graph.coupled("0.q")[0] == first
+        with torch.no_grad():
+            for part in (model[0].q, model[0].k, model[0].v):
+                part.weight[first], part.bias[first] = 0, 0
+        before = run(model)
+        graph.remove("0.q", first)
+        torch.testing.assert_close(run(model), before)
+        assert tuple(model[0].o.weight.shape) == (12, 12 - len(first))
+
+
 class Width(nn.Module):
     """Embeddings, a norm and a scale of its own have one width in common."""
 

@@ -72,10 +72,12 @@ def workshop(tmp_path: Path) -> ac.Workshop:
     return ac.Workshop.on(task, ac.SearchSpace.named("default"), tmp_path)
 
 
-def test_gated_units_are_pruned_and_rotary_ones_left_alone(workshop: ac.Workshop) -> None:
+def test_gated_units_and_the_width_are_pruned_and_rotary_ones_left_alone(workshop: ac.Workshop) -> None:
     anatomy = workshop.anatomy
-    assert [group.name for group in anatomy.groups] == ["gate"]
-    assert set(anatomy.groups[0].members) == {"gate", "up", "down"}
+    members = {group.name: {*group.members} for group in anatomy.groups}
+    assert members["gate"] == {"gate", "up", "down"}
+    assert members["o"] == {"tokens", "q", "k", "v", "o", "norm", "gate", "up", "down", "head"}
+    assert len(members) == 2
     assert anatomy.activations == {"act": "QuickGELU"}
     assert {"q", "head"} <= {*anatomy.left_alone}
     assert "channels" not in anatomy.left_alone
