@@ -317,7 +317,7 @@ class _Attempt:
         count, members, units = self.graph.channels(name), self.graph.members(name), self.graph.coupled(name)
         before, shapes, steady = self.graph.snapshot(), self._shapes(), set(self.steady)
         if len(units) < 2:
-            return "its channels can only be removed all together"
+            return "the model does not run without a part of its channels"
         try:
             self.graph.remove(name, units[0])
             one_less = self._shapes()

@@ -113,7 +113,7 @@ class ChannelGraph:
                 if node.type == tp.ops.OPTYPE.SPLIT and node.grad_fn._saved_dim == _LAST:
                     node.enable_index_mapping = True
                     index_mapping.update_split_index_mapping(self._graph, node)
-        self._heads, self._up_to_date = following.heads, True
+        self._heads, self._splits, self._up_to_date = following.heads, following.splits, True
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -248,19 +248,20 @@ class ChannelGraph:
                 joined = [sorted(itertools.chain(*parts)) for parts in together]
                 if self._runs_without(name, joined[0]):
                     return joined
-        return units
+        return [sorted(itertools.chain(*units))]
 
     @torch.no_grad()
     def _runs_without(self, name: str, channels: list[int]) -> bool:
         before = self.snapshot()
         try:
             self.remove(name, channels)
-            self._run(self.model)
+            with _Following() as following:
+                self._run(self.model)
         except Exception:  # whatever a model's own code makes of it
             return False
         finally:
             self.restore(before)
-        return True
+        return bool(following.splits == self._splits)  # else places were taken for channels
 
     def _coupled(self, name: str) -> list[list[int]]:
         group, root, each = self.groups[name], self.groups[name][0].dep, range(self.channels(name))
@@ -320,8 +321,8 @@ class _Following(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = dict[Any, int]()
-        """Step of the graph of gradients -> heads."""
+        self.heads, self.splits = dict[Any, int](), 0
+        """Step of the graph of gradients -> heads; how often channels, and nothing else, were split."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -341,6 +342,7 @@ class _Following(TorchFunctionMode):
             before, after = args[0].shape, output.shape
             if after[: len(before) - 1] == before[:-1] and len(after) > len(before):
                 self.heads[output.grad_fn] = after[-2]
+                self.splits += 1
         return output
 
 

@@ -265,13 +265,13 @@ def test_what_is_silent_is_missed_by_nobody_once_it_is_removed() -> None:
 class Attention(nn.Module):
     """Of so many heads, or of so many as there are of a width that is known."""
 
-    def __init__(self, heads: int, width: int) -> None:
+    def __init__(self, heads: int, width: int, places: int = 6) -> None:
         super().__init__()
-        self.heads, self.width = heads, width
+        self.heads, self.width, self.places = heads, width, places
         self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (part(x).view(*x.shape[:2], self.heads, self.width) for part in (self.q, self.k, self.v))
+        parts = (part(x).view(len(x), self.places, self.heads, self.width) for part in (self.q, self.k, self.v))
         q, k, v = (part.transpose(1, 2) for part in parts)
         said = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
         out: Tensor = self.o(said.transpose(1, 2).flatten(2))
@@ -279,18 +279,18 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("heads", "width", "first"),
-    [(3, -1, [0, 4, 8]), (-1, 4, [0, 1, 2, 3]), (3, 4, None)],
-    ids=["one of each head", "a whole head", "neither"],
+    ("shape", "first"),
+    [((3, -1), [0, 4, 8]), ((-1, 4), [0, 1, 2, 3]), ((3, 4), None), ((3, 4, -1), None)],
+    ids=["one of each head", "a whole head", "neither", "fewer places"],
 )
-def test_heads_become_narrower_or_fewer(heads: int, width: int, first: list[int] | None) -> None:
-    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
+def test_heads_become_narrower_or_fewer(shape: tuple[int, ...], first: list[int] | None) -> None:
+    x = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(0))
 
     def run(model: nn.Module) -> Tensor:
         out: Tensor = model(x)
         return out
 
-    model = nn.Sequential(Attention(heads, width), nn.Linear(12, 3)).eval()
+    model = nn.Sequential(Attention(*shape), nn.Linear(12, 3)).eval()
     anatomy = read_anatomy(model, run)
     assert [group.name for group in anatomy.groups] == (["0.q", "0.o"] if first else ["0.o"])
     if first:
