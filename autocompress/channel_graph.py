@@ -236,19 +236,24 @@ class ChannelGraph:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
         computed of them, one of each group that a norm has, one of each head of an attention, or a whole head."""
         units = self._coupled(name)
-        known = {self._heads.get(dep.target.grad_fn, 1) for dep, _ in self.groups[name]}
-        heads = sorted(count for count in known if count > 1 and len(units) % count == 0)
-        if not heads or self._runs_without(name, units[0]):
+        split = any(self._heads.get(dep.target.grad_fn, 1) > 1 for dep, _ in self.groups[name])
+        if not split or self._runs_without(name, units[0]):
             return units
-        for count in heads:
-            width = len(units) // count
-            of_each = [units[at::width] for at in range(width)]
-            whole = [units[at : at + width] for at in range(0, len(units), width)]
-            for together in (of_each, whole):
-                joined = [sorted(itertools.chain(*parts)) for parts in together]
-                if self._runs_without(name, joined[0]):
-                    return joined
-        return [sorted(itertools.chain(*units))]
+        every = [sorted(itertools.chain(*units))]
+        return next((found for found in self._by_heads(name, units) if self._runs_without(name, found[0])), every)
+
+    def _by_heads(self, name: str, units: list[list[int]]) -> Iterator[list[list[int]]]:
+        """One unit of each head together, or all of a head; none where the channels of a layer are not all followed, as
+        where queries share keys."""
+        makers = [item for item in self.groups[name] if self._makes(item.dep)]
+        if all(len(item.idxs) == self._graph.get_out_channels(item.dep.target) for item in makers):
+            for heads in sorted({self._heads.get(dep.target.grad_fn, 1) for dep, _ in self.groups[name]} - {1}):
+                width = len(units) // heads
+                if width * heads == len(units):
+                    of_each = [units[at::width] for at in range(width)]
+                    whole = [units[at : at + width] for at in range(0, len(units), width)]
+                    yield [sorted(itertools.chain(*together)) for together in of_each]
+                    yield [sorted(itertools.chain(*together)) for together in whole]
 
     @torch.no_grad()
     def _runs_without(self, name: str, channels: list[int]) -> bool:
