@@ -55,14 +55,26 @@ class SearchStudy:
             warnings.simplefilter("ignore")
             self.study.set_metric_names(["size_bytes", "val_accuracy"])
         self._distributions = distributions(space)
-        for key, before in {k: d for trial in self.trials() for k, d in trial.distributions.items()}.items():
-            if key in self._distributions and self._distributions[key] != before:
-                self._lock.close()
-                raise RunError(
-                    f"run {str(folder)!r} was started where {key} had the choices {_listed(before)}, here it has "
-                    f"{_listed(self._distributions[key])}: resume it on such a machine and with its own space, or "
-                    "start a new run"
+        problem = self._unlike()
+        if problem:
+            self._lock.close()
+            raise RunError(f"run {str(folder)!r} was started {problem}, or start a new run")
+
+    def _unlike(self) -> str:
+        """What is not as it was for the trials that there are."""
+        now = self._distributions
+        known = {key: distribution for trial in self.trials() for key, distribution in trial.distributions.items()}
+        for key in known.keys() & now.keys():
+            if known[key] != now[key]:
+                return (
+                    f"where {key} had the choices {_listed(known[key])}, here it has {_listed(now[key])}: resume it on "
+                    "such a machine and with its own space"
                 )
+        other = sorted(known.keys() ^ now.keys()) if known else []
+        if other:
+            had = "with" if other[0] in known else "without"
+            return f"{had} the dimension {other[0]}: resume it with its own model and version of autocompress"
+        return ""
 
     def close(self) -> None:
         self._lock.close()

@@ -101,6 +101,9 @@ def test_other_choices_than_those_of_the_run_are_refused(profile: Profile, tmp_p
     for _ in range(2):
         with pytest.raises(RunError, match=f"was started where {key} had the choices .*: resume it on such a machine"):
             SearchStudy(tmp_path, fewer, 8)
+    fewer = BoundSpace(tuple(d for d in profile.space if d.key != key))
+    with pytest.raises(RunError, match=f"was started with the dimension {key}: resume it with its own model"):
+        SearchStudy(tmp_path, fewer, 8)
     study_of(tmp_path, profile).close()
 
 
