@@ -16,6 +16,7 @@ from autocompress.errors import TaskError
 from autocompress.task import (
     Calibration,
     Task,
+    accuracy,
     batch_count,
     batch_size,
     check_task,
@@ -157,6 +158,14 @@ def test_structure_is_read_from_few_samples_where_the_model_runs_with_them() -> 
     assert batch_size(calibration.shortened(task.build()).batches[0]) == 2
     picky = nn.Sequential(nn.Flatten(0), nn.Linear(BATCH[0].numel(), 2), nn.Unflatten(0, (1, 2)))
     assert calibration.shortened(picky) is calibration
+
+
+@pytest.mark.parametrize(("output", "target"), [((8, 1), (8, 1)), ((8,), (8,)), ((8, 3), (8, 1)), ((8, 5, 3), (8, 5))])
+def test_accuracy_is_of_classes(output: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """Of one logit the largest is always the first, and [8] and [8, 1] would be compared all with all."""
+    with pytest.raises(TaskError, match=r"takes outputs \[N, C, ...\] .*, got .*: give metric="):
+        accuracy(torch.randn(output), torch.zeros(target))
+    assert accuracy(torch.eye(3)[:, :, None], torch.tensor([[0], [1], [0]])) == pytest.approx(2 / 3)
 
 
 def test_the_metric_is_weighted_by_batch_size() -> None:

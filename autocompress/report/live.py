@@ -18,6 +18,7 @@ from autocompress.front import format_accuracy, non_dominated
 from autocompress.sizes import format_size
 
 WIDTH, HEIGHT = 56, 11
+NO_SKILL = "on the validation split the original is no better than its mean output, whatever the input: was it trained?"
 
 
 def terminal_plot(progress: Progress) -> Text:
@@ -74,7 +75,7 @@ class LiveView:
         terminal = shown and console.is_terminal
         self._live = Live(console=console, refresh_per_second=4, transient=True) if terminal else None
         self._phase = ""
-        self._told = -1.0
+        self._told, self._judged = -1.0, False
         self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> LiveView:
@@ -95,6 +96,10 @@ class LiveView:
         self.folder = progress.folder
         if not self.shown:
             return
+        if progress.base and not self._judged:
+            self._judged = True
+            if progress.base.chance_accuracy and progress.base.val_accuracy <= progress.base.chance_accuracy:
+                self.console.print(NO_SKILL, style="yellow", highlight=False)
         if progress.phase == "searching" and self._first is None:
             self._first = (progress.seconds, progress.done)
         if self._live:

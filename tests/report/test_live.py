@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_time_left_follows_the_rate() -> None:
     assert isinstance(console.file, io.StringIO)
     assert "25.5/50 trials, 58.8 a minute, 0:25 left" in console.file.getvalue()
     assert "10/50 trials, 30.0 a minute, 1:20 left, 1 failed" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("base", "told"), [((0.1, 0.1, 0.11), 1), ((0.9, 0.9, 0.11), 0), ((-3.0, -3.0, 0.0), 0)])
+def test_an_original_that_knows_nothing_is_told_of_once(base: tuple[float, float, float], told: int) -> None:
+    """No chance was measured of the last."""
+    console = Console(file=io.StringIO(), width=200)
+    with LiveView(console) as view:
+        for done in (0, 1):
+            view(replace(progress(done, 5), base=Base(700_000, *base)))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count("no better than its mean output, whatever the input: was it trained?") == told
 
 
 def test_a_terminal_sees_a_bar_and_a_plot() -> None:
