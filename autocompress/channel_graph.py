@@ -195,7 +195,7 @@ class ChannelGraph:
         graph, dep = self._graph, item.dep
         makes = graph.is_out_channel_pruning_fn(dep.handler)
         count = graph.get_out_channels(dep.target) if makes else graph.get_in_channels(dep.target)
-        return count is None or max(item.idxs) < count
+        return count is None or all(index < count for index in item.idxs)
 
     def _owner(self, parameter: nn.Parameter) -> nn.Module:
         """Whose it is; it is none of a layer that is known."""
@@ -236,7 +236,7 @@ class ChannelGraph:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
         computed of them, one of each group that a norm has, one of each head of an attention, or a whole head."""
         units = self._coupled(name)
-        split = any(self._heads.get(dep.target.grad_fn, 1) > 1 for dep, _ in self.groups[name])
+        split = any(dep.target.grad_fn in self._heads for dep, _ in self.groups[name])
         if not split or self._runs_without(name, units[0]):
             return units
         every = [sorted(itertools.chain(*units))]

@@ -303,6 +303,12 @@ def test_heads_become_narrower_or_fewer(shape: tuple[int, ...], first: list[int]
         graph.remove("0.q", first)
         torch.testing.assert_close(run(model), before)
         assert tuple(model[0].o.weight.shape) == (12, 12 - len(first))
+        again = ChannelGraph(model, run)
+        while len(together := again.coupled("0.q")) > 1:
+            assert {len(unit) for unit in together} == {len(first)}
+            again.remove("0.q", together[0])
+            again = ChannelGraph(model, run)
+        assert together == [[*range(len(first))]]
 
 
 class Width(nn.Module):
