@@ -110,7 +110,7 @@ class ChannelGraph:
             self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
             for node in self._graph.module2node.values():
                 # which are not looked at behind a token of class, lest it is tokens that are split
-                if node.type == tp.ops.OPTYPE.SPLIT and node.grad_fn._saved_dim == _LAST:
+                if node.type == tp.ops.OPTYPE.SPLIT and getattr(node.grad_fn, "_saved_dim", None) == _LAST:
                     node.enable_index_mapping = True
                     index_mapping.update_split_index_mapping(self._graph, node)
         self._heads, self._splits, self._up_to_date = following.heads, following.splits, True
@@ -346,8 +346,9 @@ class _Following(TorchFunctionMode):
         if func in _VIEWS and isinstance(args[0], Tensor) and args[0].ndim:
             before, after = args[0].shape, output.shape
             if after[: len(before) - 1] == before[:-1] and len(after) > len(before):
-                self.heads[output.grad_fn] = after[-2]
                 self.splits += 1
+                if output.grad_fn is not None:
+                    self.heads[output.grad_fn] = after[-2]
         return output
 
 

@@ -367,6 +367,26 @@ def test_a_gate_goes_with_what_it_opens() -> None:
     run(model)
 
 
+class Gated(nn.Module):
+    """A gate behind a token of class, which is joined to the others where a convolution has its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.both, self.out = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(6, 16), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), 1, -1), x], 1)
+        opened, gate = self.both(x).chunk(2, -1)
+        out: Tensor = self.out(opened * nn.functional.gelu(gate))
+        return out
+
+
+def test_a_gate_behind_a_token_of_class_goes_with_what_it_opens() -> None:
+    model, x = Gated().eval(), torch.randn(4, 5, 6)
+    graph = ChannelGraph(model, lambda m: m(x))
+    assert graph.coupled("both") == [[c, c + 8] for c in range(8)]
+
+
 def test_channels_behind_a_norm_of_several_dimensions_are_ranked() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm((5, 8)), nn.Linear(8, 2))
     batches = [(torch.randn(4, 5, 3), torch.zeros(4, 5, 2))]
