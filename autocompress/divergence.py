@@ -21,7 +21,7 @@ def divergence(student: Any, teacher: Any, target: Any = None, temperature: floa
     pairs = [*_pairs(student, teacher)]
     scores = [(s, t, d) for s, t in pairs if (d := class_dimension(s, target)) is not None]
     parts = [_kl(s / temperature, t / temperature, d) * temperature**2 for s, t, d in scores] or [
-        torch.div((s - t).square().mean(), t.var().clamp_min(1e-6)) for s, t in pairs
+        torch.div((s - t).square().mean(), _spread(t)) for s, t in pairs
     ]
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
@@ -37,7 +37,7 @@ def projection(output: Any, target: Any, generator: torch.Generator) -> Tensor:
     every = [*_outputs(output)]
     scores = [y for y in every if class_dimension(y, target) is not None]
     drawn = [(y.float(), torch.randn(y.shape, generator=generator).to(y.device)) for y in scores or every]
-    return sum((torch.div((y * u).sum(), y.detach().std().clamp_min(1e-3)) for y, u in drawn), torch.zeros(()))
+    return sum((torch.div((y * u).sum(), _spread(y.detach()).sqrt()) for y, u in drawn), torch.zeros(()))
 
 
 def class_dimension(output: Tensor, target: Any) -> int | None:
@@ -54,6 +54,12 @@ def class_dimension(output: Tensor, target: Any) -> int | None:
     flat = [d for d in (last, 1) if output.numel() == target.numel() * output.shape[d]]
     found = [d for d in fits + flat if output.shape[d] > 1]
     return found[0] if found else None
+
+
+def _spread(teacher: Tensor) -> Tensor:
+    """The variance, as far as so many numbers tell it: of two that are nearly alike it would be nearly nothing."""
+    doubt = (2 / teacher.numel()) ** 3
+    return (teacher.var() + doubt * teacher.square().mean()).clamp_min(1e-6)
 
 
 def _kl(student: Tensor, teacher: Tensor, classes: int) -> Tensor:

@@ -212,6 +212,14 @@ def test_divergence_is_torchs_kl_divergence() -> None:
     assert float(divergence((student, "x"), (student, "x"), None)) == 0
 
 
+def test_two_numbers_that_are_nearly_alike_weigh_no_more_than_others() -> None:
+    """As those of a regression on the last two samples of a split, which were worth a thousand batches."""
+    few, many = torch.tensor([[0.7], [0.701]]), torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+    assert float(divergence(few + 0.1, few)) < 3 * float(divergence(many + 0.1, many))
+    expected = 0.01 / float(many.var())
+    assert float(divergence(many + 0.1, many)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_one_number_has_no_variance_to_be_measured_by() -> None:
     """As that of a regression on the last sample of a split."""
     one, other, none = torch.tensor([[1.0]]), torch.tensor([[2.0]]), torch.zeros(4, 0)
