@@ -139,18 +139,18 @@ class Task:
                 f"task {self.name!r}: a batch must be (inputs, target), got {type(batch).__name__}; "
                 "pass forward= for any other form"
             ) from None
-        if isinstance(inputs, Mapping) and (_takes(model, **inputs) or not _takes(model, inputs)):
+        if isinstance(inputs, Mapping) and (_takes(model, (), inputs) or not _takes(model, (inputs,))):
             return model(**inputs), target
-        if isinstance(inputs, (tuple, list)) and (_takes(model, *inputs) or not _takes(model, inputs)):
+        if isinstance(inputs, (tuple, list)) and (_takes(model, inputs) or not _takes(model, (inputs,))):
             return model(*inputs), target
         return model(inputs), target
 
 
-def _takes(model: nn.Module, *args: Any, **named: Any) -> bool:
+def _takes(model: nn.Module, args: Sequence[Any], named: Mapping[str, Any] | None = None) -> bool:
     """Whether `forward` has a place for each of these."""
     own = next(module for module in model.modules() if not isinstance(module, Replacement))
     try:
-        inspect.signature(own.forward).bind(*args, **named)
+        inspect.signature(own.forward).bind(*args, **(named or {}))
     except TypeError:
         return False
     return True

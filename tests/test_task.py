@@ -60,7 +60,7 @@ class SumOfOne(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("inputs", [[torch.ones(2, 2)] * 2, {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}])
+@pytest.mark.parametrize("inputs", [[torch.ones(2, 2)] * 2, {"a": torch.ones(2, 2), 7: torch.ones(2, 2)}])
 def test_inputs_stay_as_one_where_the_model_takes_only_that(inputs: Any) -> None:
     task = linear_task(model=SumOfOne())
     for model in (task.build(), Stack([task.build(), task.build()])):
