@@ -24,7 +24,7 @@ from autocompress.errors import in_words
 from autocompress.hooks import forward_hooks
 from autocompress.nested import leaves
 from autocompress.replacement import Elementwise, channel_makers
-from autocompress.surgery import agree, owners, resizable
+from autocompress.surgery import owners, resizable, update_attributes
 
 _MOST_MEMBERS, _MOST_PLACES = 1000, 300_000
 """Operations in which the channels of one group are found, and places in all of them, of a group of few channels."""
@@ -37,6 +37,8 @@ _LAST = 2**64 - 1
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on a calibration batch and returns its output."""
+Snapshot = tuple[list[tuple[nn.Module, dict[str, Any]]], dict[Any, Any], dict[Any, str]]
+"""Attributes of each module; nodes of the graph, by module or parameter; names of parameters."""
 
 
 @contextmanager
@@ -48,9 +50,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
-
-
-Snapshot = tuple[list[tuple[nn.Module, dict[str, Any]]], dict[Any, Any], dict[Any, str]]
 
 
 class _EndlessError(Exception):
@@ -156,13 +155,14 @@ class ChannelGraph:
         pruner = self._graph.get_pruner_of_module(layer)
         return self._group(layer, pruner.prune_out_channels, [*range(pruner.get_out_channels(layer))])
 
-    def _group(self, layer: nn.Module, remove: Any, channels: list[int]) -> Any:
+    def _group(self, layer: nn.Module, pruning_fn: Any, channels: list[int]) -> Any:
+        """What goes with these channels of a layer."""
         with _quiet(), _mended():
             if not self._up_to_date:
                 index_mapping.update_index_mapping(self._graph)
                 self._up_to_date = True
             with mock.patch.object(index_mapping, "update_index_mapping"):  # most of the time, asked once more
-                return self._graph.get_pruning_group(layer, remove, channels)
+                return self._graph.get_pruning_group(layer, pruning_fn, channels)
 
     def _makers(self, group: Any) -> list[nn.Module]:
         return [dep.target.module for dep, _ in group if self._makes(dep)]
@@ -235,7 +235,7 @@ class ChannelGraph:
     def coupled(self, name: str) -> list[list[int]]:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
         computed of them, one of each group that a norm has, one of each head of an attention, or a whole head."""
-        units = self._coupled(name)
+        units = self._units(name)
         split = any(dep.target.grad_fn in self._heads for dep, _ in self.groups[name])
         if not split or self._runs_without(name, units[0]):
             return units
@@ -268,7 +268,8 @@ class ChannelGraph:
             self.restore(before)
         return bool(following.splits == self._splits)  # else places were taken for channels
 
-    def _coupled(self, name: str) -> list[list[int]]:
+    def _units(self, name: str) -> list[list[int]]:
+        """As `coupled`, but for heads."""
         group, root, each = self.groups[name], self.groups[name][0].dep, range(self.channels(name))
         norms = [dep.target.module for dep, _ in group if isinstance(dep.target.module, nn.GroupNorm)]
         apart = len(each) // math.lcm(*(norm.num_groups for norm in norms))
@@ -309,7 +310,7 @@ class ChannelGraph:
             group.prune()
         for dep, _ in group:
             if isinstance(dep.target.module, nn.Parameter):
-                agree(self._owner(dep.target.module))
+                update_attributes(self._owner(dep.target.module))
         self._up_to_date = False
 
 

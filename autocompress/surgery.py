@@ -144,10 +144,10 @@ def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             setattr(module, name, new)
             resized[module] = None
     for module in resized:
-        agree(module)
+        update_attributes(module)
 
 
-def agree(module: nn.Module) -> None:
+def update_attributes(module: nn.Module) -> None:
     """The attributes of one of torch's layers follow the shapes of its tensors."""
     shape = max((tuple(t.shape) for t in (*module.parameters(False), *module.buffers(False))), key=len)
     for kind, resize in _RESIZE:

@@ -32,9 +32,9 @@ Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
 
 def accuracy(output: Tensor, target: Tensor) -> float:
     """Share of right classes; `output` float [N, C, ...], `target` int64 [N, ...]. Raises TaskError for others."""
-    if not (isinstance(output, Tensor) and isinstance(target, Tensor) and output.ndim > 1 and output.shape[1] > 1) or (
-        output.shape[:1] + output.shape[2:] != target.shape
-    ):
+    are_tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
+    classes = output.shape[1] if are_tensors and output.ndim > 1 else 0
+    if classes < 2 or output.shape[:1] + output.shape[2:] != target.shape:
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (output, target)]
         raise TaskError(
             "the metric `accuracy` takes outputs [N, C, ...] with a score for each of several classes and targets "

@@ -44,8 +44,6 @@ _SETTINGS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
 }
-_TOKEN = secrets.token_hex(32)
-"""What Ray's processes show each other; one a process, because Ray's client remembers the first it read."""
 LOOPBACK = "127.0.0.1"
 _PATIENCE = 120
 """Seconds in which a node must answer; its first worker may have to import torch from a slow disk."""
@@ -161,11 +159,12 @@ def starting_ray(workers: int) -> Future[Connection]:
 
 
 @cache
-def _token() -> Path:
-    """The file that it is in, as long as this process runs: Ray, which remembers it, may be started again by others."""
+def _token_file() -> Path:
+    """Holds what Ray's processes show each other: the same as long as this process runs, because Ray's client remembers
+    the first it read, and others may start Ray again."""
     handle, path = tempfile.mkstemp(prefix="acz-token-")  # for its owner's eyes only
     with os.fdopen(handle, "w") as file:
-        file.write(_TOKEN)
+        file.write(secrets.token_hex(32))
     atexit.register(Path(path).unlink, missing_ok=True)
     return Path(path)
 
@@ -177,7 +176,7 @@ def start_ray(workers: int) -> Connection:
         raise RunError("another search of this process is running: wait for its end, or search in a process of its own")
     os.environ.update(_SETTINGS)
     folder = Path(tempfile.mkdtemp(prefix="acz-", dir="/tmp" if Path("/tmp").is_dir() else None))
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token())
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
     import ray
 
     try:

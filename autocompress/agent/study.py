@@ -55,12 +55,12 @@ class SearchStudy:
             warnings.simplefilter("ignore")
             self.study.set_metric_names(["size_bytes", "val_accuracy"])
         self._distributions = distributions(space)
-        problem = self._unlike()
+        problem = self._mismatch()
         if problem:
             self._lock.close()
             raise RunError(f"run {str(folder)!r} was started {problem}, or start a new run")
 
-    def _unlike(self) -> str:
+    def _mismatch(self) -> str:
         """What is not as it was for the trials that there are."""
         now = self._distributions
         known = {key: distribution for trial in self.trials() for key, distribution in trial.distributions.items()}

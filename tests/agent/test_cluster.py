@@ -22,7 +22,7 @@ NODE = {"num_cpus": 1, "node_ip_address": engine.LOOPBACK, "object_store_memory"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(engine._token()))
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(engine._token_file()))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would make the host's own address of loopback's
         with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
