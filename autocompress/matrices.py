@@ -1,7 +1,7 @@
 """The weights of a model as matrices, by the modules whose runs tell of them.
 
-Linear layers and convolutions; what computes with its weights itself: `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM`,
-`nn.GRU` and their cells; and modules of any other class, as `Handed` finds.
+Linear layers and convolutions; what computes with its weights itself: `nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells;
+and modules of any other class, as `Handed` finds.
 """
 
 from __future__ import annotations
@@ -34,12 +34,7 @@ def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, W
 
 def _of(module: Any) -> Iterator[tuple[tuple[nn.Module, str], Weight]]:
     """(module, attribute) of each weight, and what it is when `module` runs."""
-    if runs_as(module, nn.MultiheadAttention):
-        packed = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
-        for attribute, parts in packed.items():
-            yield (module, attribute), _IntoAttention(attribute, parts)
-        yield (module.out_proj, "weight"), _OutOfAttention()
-    elif runs_as(module, nn.Linear):
+    if runs_as(module, nn.Linear):
         yield (module, "weight"), LinearMatrix()
     elif runs_as(module, nn.RNN, nn.LSTM, nn.GRU) and not module.proj_size:
         ways = (False, True) if module.bidirectional else (False,)
@@ -66,47 +61,6 @@ def runs_as(module: Any, *kinds: Any) -> bool:
         own.forward is kind.forward and getattr(own, "_conv_forward", 0) is getattr(kind, "_conv_forward", 0)
         for kind in kinds
     )
-
-
-@dataclass(frozen=True)
-class _IntoAttention(Matrix):
-    """attribute: of the attention. parts: of its inputs (query, key, value), which this one multiplies."""
-
-    attribute: str
-    parts: Sequence[int]
-
-    def rows(self, call: Call) -> list[Tensor]:
-        query, key, value = inputs = _inputs(*call.args, **call.kwargs)
-        return [flat(query)] if query is key is value else [flat(inputs[part]) for part in self.parts]
-
-    def says(self, call: Call) -> list[Tensor]:
-        rows, weight, bias = self.rows(call), getattr(call.module, self.attribute), self.bias(call.module)
-        biases = [None] * len(rows) if bias is None else bias.chunk(len(rows))
-        return [linear(x, w, b) for x, w, b in zip(rows, weight.chunk(len(rows)), biases, strict=True)]
-
-    def bias(self, module: Any) -> Tensor | None:
-        if module.in_proj_bias is None:
-            return None
-        width = module.embed_dim
-        bias: Tensor = module.in_proj_bias[width * self.parts[0] : width * (self.parts[-1] + 1)]
-        return bias
-
-
-class _OutOfAttention(Matrix):
-    def rows(self, call: Call) -> list[Tensor]:
-        """What the heads give: the output of an attention whose last projection changes nothing."""
-        bare, last = copy.copy(call.module), copy.copy(call.module.out_proj)
-        eye = torch.eye(bare.embed_dim, dtype=last.weight.dtype, device=last.weight.device)
-        vars(last)["_parameters"] = {"weight": eye, "bias": torch.zeros_like(eye[0])}
-        vars(bare)["_modules"] = {"out_proj": last}
-        return [flat(type(bare).forward(bare, *call.args, **call.kwargs)[0])]
-
-    def says(self, call: Call) -> list[Tensor]:
-        return [flat(call.output[0])]
-
-    def bias(self, module: Any) -> Tensor | None:
-        bias: Tensor | None = module.out_proj.bias
-        return bias
 
 
 @dataclass(frozen=True)
@@ -181,10 +135,6 @@ def _steps(rnn: Any, said: Any, reverse: bool) -> Sequence[Tensor]:
     if isinstance(said, PackedSequence):
         return torch.split(values, said.batch_sizes.tolist())
     return values[:, None].unbind(0) if values.ndim == 2 else values.unbind(1 if rnn.batch_first else 0)
-
-
-def _inputs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query, key, value
 
 
 def _sequence(input: Any, hx: Any = None) -> tuple[Any, Any]:

@@ -2,9 +2,10 @@
 
 What runs is what is compressed: torch's parametrizations (weight_norm, spectral_norm, orthogonal or one's own), the
 older hooks of `weight_norm` and `spectral_norm`, and the masks of `torch.nn.utils.prune` give way to the weights that
-they make; `Conv1D` of transformers (GPT-2), a linear layer whose matrix is transposed, becomes an `nn.Linear`. What
-`torch.compile` has wrapped is unwrapped: it would compile anew for every shape of a layer. `nn.TransformerEncoder`
-does not compute past its modules any more, which in evaluation it does as if they were those it was made with.
+they make; `Conv1D` of transformers (GPT-2), a linear layer whose matrix is transposed, becomes an `nn.Linear`, and
+`nn.MultiheadAttention`, which keeps three matrices in one tensor, an `Attention` of four layers. What `torch.compile`
+has wrapped is unwrapped: it would compile anew for every shape of a layer. `nn.TransformerEncoder` does not compute
+past its modules any more, which in evaluation it does as if they were those it was made with.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import copy
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from autocompress.attention import Attention, linear
 from autocompress.errors import TaskError, in_words
+from autocompress.surgery import owners
 
 
+@torch.enable_grad()
 def plain(model: nn.Module) -> nn.Module:
     """`model`, changed in place, or what was compiled, whose tensors are all as they are used in evaluation."""
     model = _uncompiled(model).eval()
@@ -38,12 +43,22 @@ def plain(model: nn.Module) -> nn.Module:
                 remove_weight_norm(module, hook.name)
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(module, hook.name)
-    conv1d = {m: _linear(m) for m in model.modules() if type(m).__name__ == "Conv1D" and hasattr(m, "nf")}
+    shared = {m for places in owners(model).values() if len({m for m, _ in places}) > 1 for m, _ in places}
+    made = {m: _of_linear_layers(m) for m in model.modules() if shared.isdisjoint(m.modules())}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in conv1d:
-                setattr(parent, name, conv1d[child])
-    return model
+            if child is not None and made.get(child):
+                setattr(parent, name, made[child])
+    return made.get(model) or model
+
+
+def _of_linear_layers(module: Any) -> nn.Module | None:
+    """What does the same, of modules that could be linear layers or be made of them."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return linear(module.weight.t(), module.bias).train(module.training)
+    if type(module).forward is nn.MultiheadAttention.forward and module.bias_k is None and not module.add_zero_attn:
+        return Attention(module)
+    return None
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -68,17 +83,6 @@ def _remove_parametrizations(module: nn.Module) -> None:
             module.register_parameter(name, nn.Parameter(value, any(learned[name])))
         else:
             module.register_buffer(name, value)
-
-
-def _linear(conv1d: nn.Module) -> nn.Linear:
-    """The layer that does the same."""
-    weight, bias = conv1d.weight, conv1d.bias
-    assert isinstance(weight, nn.Parameter)
-    assert isinstance(bias, nn.Parameter)
-    inputs, outputs = weight.shape
-    made = nn.Linear(inputs, outputs, device="meta")
-    made.weight, made.bias = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad), bias
-    return made.train(conv1d.training)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +18,7 @@ from autocompress.recipe import Recipe
 from autocompress.task import Calibration, Task
 from autocompress.techniques.channels import Channels
 from autocompress.techniques.importance import importance
-from tests.conftest import zoo_task
+from tests.conftest import Recurrent, zoo_task
 
 
 def anatomy_of(task: Task) -> Anatomy:
@@ -45,7 +46,8 @@ def test_every_group_can_be_removed(any_task: Task) -> None:
     for group in anatomy_of(any_task).groups:
         model = any_task.build()
         graph = ChannelGraph(model, run)
-        graph.remove(group.name, list(range(graph.channels(group.name) // 2)))
+        units = graph.coupled(group.name)
+        graph.remove(group.name, sorted(itertools.chain(*units[: len(units) // 2])))
         assert run(model).shape == expected
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in any_task.build().parameters())
 
@@ -70,10 +72,30 @@ def test_tied_weights_are_one_layer() -> None:
     assert "shares a weight" in anatomy.left_alone["out"]
 
 
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.core = nn.Linear(8, 8), Recurrent(nn.LSTM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.core(self.into(x))
+        return out
+
+
 def test_what_cannot_be_pruned_is_reported() -> None:
+    batches = [(torch.randn(4, 6, 8), torch.zeros(4))]
+    anatomy = anatomy_of(Task(Remembering(), batches, batches, batches))
+    assert anatomy.left_alone["into"] == "its channels pass through core.core (LSTM)"
+    assert not anatomy.groups
+
+
+def test_every_layer_of_an_encoder_can_be_reached() -> None:
     anatomy = anatomy_of(zoo_task("transformer"))
-    assert "MultiheadAttention" in anatomy.left_alone["into"]
-    assert {g.name for g in anatomy.groups} == {"encoder.layers.0.linear1", "encoder.layers.1.linear1"}
+    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "linear1", "linear2"]
+    layers = [f"encoder.layers.{at}.{part}" for at in range(2) for part in parts]
+    assert [layer.name for layer in anatomy.layers if layer.name.startswith("encoder")] == layers
+    assert {*anatomy.inputs} == {"into", *layers, "head"}
+    assert anatomy.left_alone == {"head": "its channels are outputs of the model"}
 
 
 @dataclass

@@ -89,47 +89,6 @@ def test_of_many_windows_some_are_drawn() -> None:
     torch.testing.assert_close(said.double().mean(0), rest.mean(0), rtol=0.1, atol=0.02)
 
 
-def attention(**kwargs: Any) -> nn.MultiheadAttention:
-    torch.manual_seed(0)
-    made = nn.MultiheadAttention(12, 3, **kwargs).eval()
-    for bias in (made.in_proj_bias, made.out_proj.bias):
-        if bias is not None:
-            nn.init.normal_(bias)
-    return made
-
-
-@pytest.mark.parametrize("given", ["itself", "a memory", "keys and values"])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"batch_first": True}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 5, "vdim": 7}],
-    ids=str,
-)
-def test_attention_multiplies_what_it_is_given_and_what_its_heads_say(given: str, settings: Any) -> None:
-    """The last matrix is a square one with an inverse: only the heads' own rows give what was said."""
-    torch.manual_seed(0)
-    module = nn.MultiheadAttention(12, 3, **settings).eval()
-    for bias in (module.in_proj_bias, module.out_proj.bias):
-        if bias is not None:
-            nn.init.normal_(bias)
-    query, memory = torch.randn(4, 4, 12), torch.randn(4, 4, 12)
-    inputs = {"itself": [query] * 3, "a memory": [query, memory, memory]}.get(given, [query, memory, -memory])
-    if "kdim" in settings:
-        inputs = [query, memory[..., :5], memory[..., :7]]
-    call = calls_of(module, module, *inputs[:2], value=inputs[2], need_weights=False)
-    known, rows = matrices(module), list[Tensor]()
-    for (owner, attribute), (runs, found) in known.items():
-        weight = getattr(owner, attribute)
-        assert runs is module
-        if weight is not None:
-            matrix, call = seen(found, call)
-            said = [group for part in matrix.says(call) for group in part]
-            torch.testing.assert_close(products(call, matrix, weight), said)
-            rows += [group for part in matrix.rows(call) for group in part]
-    torch.testing.assert_close(said[0].view(call.output[0].shape), call.output[0])
-    expected = inputs[:1] if given == "itself" and "kdim" not in settings else inputs
-    torch.testing.assert_close(rows[:-1], [x.reshape(-1, x.shape[-1]) for x in expected])
-
-
 def by_cells(rnn: Any, layer: int, suffix: str, sequences: list[Tensor], starts: list[Tensor]) -> list[list[Tensor]]:
     """Of one direction of a layer, by torch's cell of one step: the hidden states before each step of each sequence
     [T, inputs], and those after it. starts: [1, hidden] of each."""
