@@ -11,22 +11,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Attention(nn.Module):
+class Attention(nn.MultiheadAttention):
     """Scaled dot-product attention of several heads (Vaswani et al., NeurIPS 2017), with the weights of `torchs`, and
-    called as it is, which has no keys and values of its own."""
-
-    in_proj_bias, _qkv_same_embed_dim = None, False  # what torch's encoders ask before they compute past their modules
+    to be used as it is, which has no keys and values of its own."""
 
     def __init__(self, torchs: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.embed_dim, self.num_heads, self.head_dim = torchs.embed_dim, torchs.num_heads, torchs.head_dim
-        self.dropout, self.batch_first = torchs.dropout, torchs.batch_first
+        nn.Module.__init__(self)
+        told = {name: value for name, value in vars(torchs).items() if name not in vars(self)}
+        vars(self).update(told, _qkv_same_embed_dim=False)  # so torch's encoders compute past no module
         apart = (torchs.q_proj_weight, torchs.k_proj_weight, torchs.v_proj_weight)
         weights = apart if torchs.in_proj_weight is None else torchs.in_proj_weight.chunk(3)
         biases = (None,) * 3 if torchs.in_proj_bias is None else torchs.in_proj_bias.chunk(3)
         self.q_proj, self.k_proj, self.v_proj = map(linear, weights, biases)
-        self.out_proj = linear(torchs.out_proj.weight, torchs.out_proj.bias)
+        self.add_module("out_proj", linear(torchs.out_proj.weight, torchs.out_proj.bias))
         self.train(torchs.training)
+
+    @property
+    def in_proj_weight(self) -> Tensor:  # type: ignore[override]
+        """[3 x channels, inputs]: as torch's has it, for code that asks."""
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
+        biases: list[Tensor] = [b for b in (self.q_proj.bias, self.k_proj.bias, self.v_proj.bias) if b is not None]
+        return torch.cat(biases) if biases else None
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch_pruning.dependency import index_mapping
 from torch_pruning.dependency.group import Group
 
+from autocompress.attention import Attention
 from autocompress.errors import in_words
 from autocompress.hooks import forward_hooks
 from autocompress.nested import leaves
@@ -104,9 +105,12 @@ class ChannelGraph:
 
         # what they compute would be followed operation by operation, through the sorting and reshaping of it, too
         passed = ((module, _input) for module in model.modules() if isinstance(module, Elementwise))
+        made_of_layers = [module for module in model.modules() if isinstance(module, Attention)]
         following = _Following()
         with _quiet(), _mended(), torch.enable_grad(), forward_hooks(passed), following:
-            self._graph = tp.DependencyGraph().build_dependency(model, example_inputs=None, forward_fn=outputs)
+            self._graph = tp.DependencyGraph().build_dependency(
+                model, example_inputs=None, forward_fn=outputs, ignored_layers=made_of_layers
+            )
             for node in self._graph.module2node.values():
                 # which are not looked at behind a token of class, lest it is tokens that are split
                 if node.type == tp.ops.OPTYPE.SPLIT and getattr(node.grad_fn, "_saved_dim", None) == _LAST:

@@ -69,6 +69,19 @@ def test_frozen_ones_stay_frozen_and_shared_or_unusual_ones_what_they_are() -> N
     assert isinstance(plain(torchs()), Attention)
 
 
+def test_code_that_asks_for_torchs_finds_it() -> None:
+    """As PyTorch Geometric asks for the class and WavLM of torchaudio for the tensors."""
+    for settings in ({}, {"bias": False}):
+        module = torchs(**settings)
+        made = Attention(module)
+        assert isinstance(made, nn.MultiheadAttention)
+        assert torch.equal(made.in_proj_weight, module.in_proj_weight)
+        if settings:
+            assert made.in_proj_bias is None
+        else:
+            assert torch.equal(made.in_proj_bias, module.in_proj_bias)
+
+
 class Translator(nn.Module):
     """An encoder and a decoder, torch's own: one asks itself, the other both itself and the first."""
 
