@@ -4,7 +4,7 @@ Groups come from Torch-Pruning's dependency graph (Fang et al., DepGraph, CVPR 2
 channels go first, by the criterion of `importance.py`, within each group or over all of them (`ranking.py`). Heads
 of an attention that is written out go as a whole, or each becomes narrower, as its code lets them.
 
-Not for channels that are outputs of the model, that pass through a recurrent or attention module, that a norm of groups
+Not for channels that are outputs of the model, that pass through a recurrent module, that a norm of groups
 sees together with those of other layers, or whose layer shares its weight with another; grouped convolutions that are
 not depthwise.
 """

@@ -4,7 +4,7 @@
 weight as [outputs, inputs x kernel] (Denton et al., NeurIPS 2014; a convolution becomes one of few filters
 and one of 1 x 1, Jaderberg et al., BMVC 2014). Both are trained on, pruned and quantised like any other.
 
-Not for embeddings, recurrent and attention layers, grouped and transposed convolutions, layers that share their weight
+Not for embeddings, recurrent layers, grouped and transposed convolutions, layers that share their weight
 or are not called as modules, and ranks that would not save weights.
 """
 
