@@ -202,7 +202,7 @@ def needed_choices(space: BoundSpace, anatomy: Anatomy, most: int = MANY_PROBES)
     needed = wanted_choices(space)
     coarser = [(_on_alike_layers(anatomy), 1), (_anywhere, 1), (_anywhere, 0)]
     for like, others in coarser if most < MANY_PROBES else coarser[:1]:
-        if sum(map(len, needed.values())) <= most:
+        if choice_count(needed) <= most:
             break
         firsts: dict[Any, str] = {}
         for d in space:
@@ -211,6 +211,11 @@ def needed_choices(space: BoundSpace, anatomy: Anatomy, most: int = MANY_PROBES)
                 middle = len(d.choices) // 2
                 needed[d.key] = d.choices if first == d.key else d.choices[middle : middle + others]
     return needed
+
+
+def choice_count(choices: Mapping[str, Sequence[Choice]]) -> int:
+    """Of all dimensions together."""
+    return sum(map(len, choices.values()))
 
 
 def all_effects(

@@ -30,6 +30,7 @@ from autocompress.probing import (
     Prober,
     all_effects,
     already_met,
+    choice_count,
     layer_bytes,
     needed_choices,
     vector_bytes,
@@ -58,6 +59,8 @@ _CALIBRATION, _CLASSES, _MOST_WORTH = 192, 32, 24
 for every so many of them, and so often at most."""
 _PROBED = ("weights", "sparsity", "channels", "structure")
 """Dimensions of bytes, whose next heavier choices are probed after a trial."""
+_PASSES, _FITTED = 3, 50
+"""What a step of training takes, in forward passes; and a trial without training, in tried choices."""
 _FAR = 0.003
 """Divergence from the original (nats) from which the full learning rate is used."""
 
@@ -179,6 +182,10 @@ class Workshop:
         prober.distance(self.original)
         return time.monotonic() - began
 
+    def trial_probes(self) -> float:
+        """About how many choices can be tried in the time of a trial: each is a forward pass of all batches."""
+        return _PASSES * batch_count(self.task) * self.task.epochs / len(self.calibration.batches) or _FITTED
+
     def base_profile(
         self, progress: Callable[[float], None] = lambda share: None, probes: int = MANY_PROBES
     ) -> dict[str, Any]:
@@ -199,10 +206,10 @@ class Workshop:
         """`base_profile` of every `parts`-th dimension and layer, from the `part`-th on."""
         candidate = Candidate(self.original, self.anatomy, Recipe(), self.calibration)
         vectors, header = vector_bytes(candidate, self.space)
-        wanted = dict(list(needed_choices(self.space, self.anatomy, probes).items())[part::parts])
+        needed = needed_choices(self.space, self.anatomy, probes)
         return {
-            "probes": probes,
-            "effects": self.prober.effects(candidate, wanted, progress),
+            "probes": choice_count(needed),
+            "effects": self.prober.effects(candidate, dict(list(needed.items())[part::parts]), progress),
             "layer_bytes": layer_bytes(candidate, self.space, list(candidate.layers)[part::parts]),
             "weights_left": weights_left(candidate, self.space),
             "vector_bytes": vectors,

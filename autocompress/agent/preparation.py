@@ -26,7 +26,7 @@ from autocompress.chance import chance_accuracy
 from autocompress.errors import TargetError
 from autocompress.files import write_file
 from autocompress.front import Base, format_accuracy
-from autocompress.probing import MANY_PROBES, needed_choices
+from autocompress.probing import MANY_PROBES, choice_count, needed_choices
 from autocompress.reparametrization import plain
 from autocompress.seeds import seed_everything
 from autocompress.sizes import format_size
@@ -40,6 +40,8 @@ WORTH_WORKERS = 10
 """Seconds that a profile takes at least, for workers to be started to measure it."""
 _PROFILE_SHARE = 0.25
 """Of the time that is left, which the profile may take."""
+_FEW_PROBES, _OF_TRIALS = 400, 0.1
+"""Choices that a profile may always try, and the share of what the trials take that it may take beyond."""
 
 
 @dataclass(frozen=True)
@@ -172,18 +174,22 @@ class Preparation:
         path = self.folder / PROFILE
         if not path.is_file():
             self.cluster.start(self.workers)
-            write_file(path, json.dumps(measured_profile(self.workshop, self._measure_profile)).encode())
+            seconds = self.workshop.probe_seconds()
+            threads = 1 if self.gpus else torch.get_num_threads()  # a worker has one, this process all of this machine
+            seconds *= min(1.0, threads / self.workers)
+            worth = max(_FEW_PROBES, _OF_TRIALS * self._told.budget * self.workshop.trial_probes())
+            probes = int(min(MANY_PROBES, worth, _PROFILE_SHARE * self.pace.left() / seconds))
+            measured = measured_profile(self.workshop, lambda: self._measure_profile(probes, seconds), probes)
+            write_file(path, json.dumps(measured).encode())
         return Profile(self.space, self.workshop.anatomy, json.loads(path.read_text()))
 
-    def _measure_profile(self) -> dict[str, Any]:
+    def _measure_profile(self, probes: int, seconds: float) -> dict[str, Any]:
+        """seconds: that one probe takes."""
+
         def progress(share: float) -> None:
             self.tell(f"{PROFILING}: {100 * share:.0f}%")
 
-        seconds = self.workshop.probe_seconds()
-        threads = 1 if self.gpus else torch.get_num_threads()  # a worker has one, this process all of this machine
-        seconds *= min(1.0, threads / self.workers)
-        probes = int(min(MANY_PROBES, _PROFILE_SHARE * self.pace.left() / seconds))
-        count = sum(map(len, needed_choices(self.space, self.workshop.anatomy, probes).values()))
+        count = choice_count(needed_choices(self.space, self.workshop.anatomy, probes))
         self.log.info("the profile tries %d choices", count)
         if self.workers == 1 or count * seconds < WORTH_WORKERS:
             return self.workshop.base_profile(progress, probes)

@@ -22,21 +22,24 @@ import autocompress
 from autocompress.errors import ArtifactError
 from autocompress.files import write_file
 from autocompress.nested import leaves
-from autocompress.probing import MANY_PROBES
+from autocompress.probing import MANY_PROBES, choice_count, needed_choices
 from autocompress.surgery import tensors
 from autocompress.trial import Workshop
 
 
-def measured_profile(workshop: Workshop, measure: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """What `measure` (`workshop.base_profile` by default) gives, from the cache where the same was measured before."""
+def measured_profile(
+    workshop: Workshop, measure: Callable[[], dict[str, Any]] | None = None, probes: int = MANY_PROBES
+) -> dict[str, Any]:
+    """What `measure` (`workshop.base_profile` by default) gives, from the cache where the same was measured before, by
+    as many choices as `probes` allow."""
     path = _folder() / f"{_digest(workshop)}.json"
     try:
         known: dict[str, Any] = json.loads(path.read_text())
-        return known
+        if known["probes"] >= choice_count(needed_choices(workshop.space, workshop.anatomy, probes)):
+            return known
     except (OSError, ValueError):
-        measured = (measure or workshop.base_profile)()
-    if measured["probes"] < MANY_PROBES:  # for want of time: another search may have more
-        return measured
+        pass
+    measured = (measure or workshop.base_profile)()
     try:
         write_file(path, json.dumps(measured).encode())
     except ArtifactError as error:  # no home, or a full one: measured again the next time

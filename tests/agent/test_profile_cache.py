@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress import probing
+from autocompress import probing, search
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.space import SearchSpace
 from autocompress.task import Task
@@ -133,8 +134,30 @@ def test_beyond_many_probes_alike_layers_are_probed_together(most: int, probes: 
             assert 0.2 < guessed[key][choice] / effects[choice] < 5, "they differ by hundreds from int5 to int2"
 
 
-def test_a_profile_of_fewer_probes_is_not_kept(measurements: list[Workshop]) -> None:
-    measured_profile(workshop(small_digits()), lambda: workshop(small_digits()).base_profile(probes=5))
-    measured_profile(workshop(small_digits()))
-    assert measured_profile(workshop(small_digits()), dict)["probes"] == probing.MANY_PROBES
+def test_a_profile_of_fewer_probes_is_enough_for_whoever_asks_for_no_more(measurements: list[Workshop]) -> None:
+    def coarse() -> dict[str, Any]:
+        return workshop(small_digits()).base_profile(probes=5)
+
+    few = measured_profile(workshop(small_digits()), coarse, 5)
+    assert measured_profile(workshop(small_digits()), dict, 5) == few
+    whole = measured_profile(workshop(small_digits()))
+    assert whole["probes"] > few["probes"]
+    for probes in (5, probing.MANY_PROBES):
+        assert measured_profile(workshop(small_digits()), dict, probes) == whole
     assert len(measurements) == 2
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_short_search_tries_no_more_choices_than_are_worth_its_while(
+    epochs: int, measurements: list[Workshop], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(64, 16), torch.randint(0, 16, (64,)))] * 4
+    layers = (torch.nn.Linear(16, 16) for _ in range(20))
+    task = Task(torch.nn.Sequential(*layers), batches, batches, batches, epochs=epochs)
+    one = Workshop.on(task, SearchSpace.named("default"), tmp_path)
+    every = probing.choice_count(probing.needed_choices(one.space, one.anatomy))
+    assert one.trial_probes() == (4 if epochs else 50), "three passes of four batches, for each pass of three"
+    search(task, budget=1, workers=1, run=tmp_path / "run", quiet=True)
+    tried = json.loads((tmp_path / "run" / "profile.json").read_text())["probes"]
+    assert 0 < tried <= 400 < every
