@@ -17,7 +17,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch_pruning.dependency import index_mapping
+from torch_pruning.dependency import index_mapping, shape_infer
 from torch_pruning.dependency.group import Group
 
 from autocompress.attention import Attention
@@ -63,9 +63,10 @@ class _EndlessError(Exception):
 
 @contextmanager
 def _mended() -> Iterator[None]:
-    """Torch-Pruning without three of its faults: it goes on for ever with channels that are cut and joined (rotary
+    """Torch-Pruning without four of its faults: it goes on for ever with channels that are cut and joined (rotary
     embeddings, shifted windows), which find new ways to themselves each time; it adds up channels before it asks
-    whether all are known; and it divides by their number where it knows none (shuffled channels)."""
+    whether all are known; it divides by their number where it knows none (shuffled channels); and it takes the parts of
+    a split in the order in which it comes upon them."""
     add = Group.add_dep
 
     def add_dep(group: Any, dep: Any, idxs: Any) -> None:
@@ -88,6 +89,8 @@ def _mended() -> Iterator[None]:
         mock.patch.object(Group, "add_dep", add_dep),
         mock.patch.object(index_mapping, "update_concat_index_mapping", concat),
         mock.patch.object(index_mapping, "update_reshape_index_mapping", reshape),
+        mock.patch.object(shape_infer, "init_shape_information", _read_splits),
+        mock.patch.object(index_mapping, "update_split_index_mapping", _map_split),
     ):
         yield
 
@@ -111,11 +114,6 @@ class ChannelGraph:
             self._graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=None, forward_fn=outputs, ignored_layers=made_of_layers
             )
-            for node in self._graph.module2node.values():
-                # which are not looked at behind a token of class, lest it is tokens that are split
-                if node.type == tp.ops.OPTYPE.SPLIT and getattr(node.grad_fn, "_saved_dim", None) == _LAST:
-                    node.enable_index_mapping = True
-                    index_mapping.update_split_index_mapping(self._graph, node)
         self._heads, self._splits, self._up_to_date = following.heads, following.splits, True
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
@@ -155,9 +153,20 @@ class ChannelGraph:
                 yield group
 
     def _of(self, layer: nn.Module) -> Any:
-        """The group of the channels that the layer makes."""
+        """The group of the channels that the layer makes or, if only some that another makes are among them (a split is
+        between), of all of that one."""
+        group = self._all_of(layer)
+        others = (self._all_of(maker) for maker in self._split(group))
+        return next((other for other in others if not self._split(other)), group)
+
+    def _all_of(self, layer: nn.Module) -> Any:
         pruner = self._graph.get_pruner_of_module(layer)
         return self._group(layer, pruner.prune_out_channels, [*range(pruner.get_out_channels(layer))])
+
+    def _split(self, group: Any) -> list[nn.Module]:
+        """Layers that make other channels than those of the group, too."""
+        made = (item for item in group if self._makes(item.dep))
+        return [x.dep.target.module for x in made if len(x.idxs) < self._graph.get_out_channels(x.dep.target)]
 
     def _group(self, layer: nn.Module, pruning_fn: Any, channels: list[int]) -> Any:
         """What goes with these channels of a layer."""
@@ -249,8 +258,7 @@ class ChannelGraph:
     def _by_heads(self, name: str, units: list[list[int]]) -> Iterator[list[list[int]]]:
         """One unit of each head together, or all of a head; none where the channels of a layer are not all followed, as
         where queries share keys."""
-        makers = [item for item in self.groups[name] if self._makes(item.dep)]
-        if all(len(item.idxs) == self._graph.get_out_channels(item.dep.target) for item in makers):
+        if not self._split(self.groups[name]):
             for heads in sorted({self._heads.get(dep.target.grad_fn, 1) for dep, _ in self.groups[name]} - {1}):
                 width = len(units) // heads
                 if width * heads == len(units):
@@ -318,6 +326,44 @@ class ChannelGraph:
         self._up_to_date = False
 
 
+def _read_splits(graph: Any) -> None:
+    """The parts of each split, in their order; None where it is not channels that it splits."""
+    for node in graph.module2node.values():
+        if node.type == tp.ops.OPTYPE.SPLIT:
+            node.outputs.sort(key=lambda behind: min(_parts_of(node, behind)))
+            node.module.split_sizes = _sizes(node.grad_fn)
+            # which are not looked at behind a token of class, lest it is tokens that are split
+            node.enable_index_mapping |= node.grad_fn._saved_dim == _LAST
+
+
+def _parts_of(split: Any, behind: Any) -> list[int]:
+    """Which parts the node is given: one, as `_Following` has it, of Tensor.chunk, of others maybe several."""
+    return [part for step, part in behind.grad_fn.next_functions if step is split.grad_fn]
+
+
+def _sizes(split: Any) -> list[int] | None:
+    """Channels of each part that this step of the graph of gradients makes."""
+    if split._saved_dim not in (1, _LAST):
+        return None
+    if hasattr(split, "_saved_split_sizes"):
+        return [*split._saved_split_sizes]
+    count, each = split._saved_self_sym_sizes[1 if split._saved_dim == 1 else -1], split._saved_split_size
+    return [min(each, count - begin) for begin in range(0, count, each)]
+
+
+def _map_split(graph: Any, split: Any) -> None:
+    """Which channels each of the nodes behind a split is given."""
+    if not split.enable_index_mapping or not split.module.split_sizes:
+        return
+    ends = [0, *itertools.accumulate(split.module.split_sizes)]
+    for behind in split.outputs:
+        part = min(_parts_of(split, behind))
+        for one, other, reverse in ((split, behind, False), (behind, split, True)):
+            for dep in one.dependencies:
+                if dep.target is other:
+                    dep.index_mapping[0] = index_mapping._SplitIndexMapping(ends[part : part + 2], reverse)
+
+
 def _has_just(module: nn.Module, item: Any) -> bool:
     """Whether each group of a norm can lose as many channels: when it has those of this member, and no others."""
     if not isinstance(module, nn.GroupNorm) or module.num_groups == 1:
@@ -348,6 +394,10 @@ class _Following(TorchFunctionMode):
         if func is F.prelu and given["weight"].numel() == 1:
             return given["input"] * 1.0
         output = func(*args, **(kwargs or {}))
+        if func in _SPLITS and output[0].grad_fn is not None:
+            if len({part.shape for part in output}) == 1:
+                self.heads[output[0].grad_fn] = len(output)
+            return tuple(part * 1.0 for part in output)  # one step behind each, whoever uses it
         if func in _VIEWS and isinstance(args[0], Tensor) and args[0].ndim:
             before, after = args[0].shape, output.shape
             if after[: len(before) - 1] == before[:-1] and len(after) > len(before):
@@ -358,6 +408,7 @@ class _Following(TorchFunctionMode):
 
 
 _VIEWS = {Tensor.view, Tensor.reshape, Tensor.unflatten, torch.reshape, torch.unflatten}
+_SPLITS = {Tensor.chunk, Tensor.split, torch.chunk, torch.split}
 _ARGUMENTS = {
     F.glu: ("input", "dim"),
     F.instance_norm: ("input", "running_mean", "running_var", "weight", "bias"),

@@ -284,6 +284,57 @@ def test_what_is_silent_is_missed_by_nobody_once_it_is_removed() -> None:
     assert [norm.weight.numel() for norm in model.norms] == [7, 11, 7, 5]
 
 
+class Halves(nn.Module):
+    """As in YOLO: one half of the channels goes on as it is, of the other one block after another is computed."""
+
+    def __init__(self, sizes: tuple[int, int] | int) -> None:
+        super().__init__()
+        self.sizes, self.into = sizes, nn.Conv2d(1, 16, 3, padding=1)
+        layers = [(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1)) for _ in range(2)]
+        self.blocks = nn.ModuleList(nn.Sequential(*parts) for parts in layers)
+        self.join, self.head = nn.Conv2d(32, 12, 1), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x).relu()
+        parts = [*(x.chunk(2, 1) if self.sizes == 8 else x.split(self.sizes, 1))]
+        for block in self.blocks:
+            parts.append(parts[-1] + block(parts[-1]))
+        out: Tensor = self.head(self.join(torch.cat(parts, 1)).relu().mean((2, 3)))
+        return out
+
+
+@torch.no_grad()
+def test_halves_of_channels_lose_as_many_each() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+
+    def run(model: nn.Module) -> Tensor:
+        out: Tensor = model(x)
+        return out
+
+    model = Halves(8).double().eval()
+    assert {g.name: g.channels for g in read_anatomy(model, run).groups} == {
+        "into": 16,
+        "blocks.0.0": 6,
+        "blocks.1.0": 6,
+        "join": 12,
+    }
+    graph = ChannelGraph(model, run)
+    assert graph.coupled("into") == [[at, 8 + at] for at in range(8)]
+    for layer, channels in ((model.into, [3, 11]), (model.blocks[0][2], 3), (model.blocks[1][2], 3)):
+        layer.weight[channels], layer.bias[channels] = 0, 0
+    before = run(model)
+    graph.remove("into", [3, 11])
+    torch.testing.assert_close(run(model), before)
+    assert model.join.weight.shape == (12, 28, 1, 1)
+
+
+def test_parts_of_sizes_that_the_code_knows_are_left_alone() -> None:
+    x = torch.randn(2, 1, 8, 8)
+    anatomy = read_anatomy(Halves((8, 8)).eval(), lambda model: model(x))
+    assert "into" not in {group.name for group in anatomy.groups}
+
+
 class Attention(nn.Module):
     """Of so many heads, or of so many as there are of a width that is known."""
 
