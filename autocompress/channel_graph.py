@@ -114,7 +114,8 @@ class ChannelGraph:
             self._graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs=None, forward_fn=outputs, ignored_layers=made_of_layers
             )
-        self._heads, self._splits, self._up_to_date = following.heads, following.splits, True
+        self._heads, self._parts, self._splits = following.heads, following.parts, following.splits
+        self._up_to_date = True
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -247,25 +248,28 @@ class ChannelGraph:
 
     def coupled(self, name: str) -> list[list[int]]:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
-        computed of them, one of each group that a norm has, one of each head of an attention, or a whole head."""
+        computed of them, one of each group that a norm has, of each part that they are split into, or of each head of
+        an attention, or a whole head."""
         units = self._units(name)
-        split = any(dep.target.grad_fn in self._heads for dep, _ in self.groups[name])
+        split = any(dep.target.grad_fn in {**self._heads, **self._parts} for dep, _ in self.groups[name])
         if not split or self._runs_without(name, units[0]):
             return units
         every = [sorted(itertools.chain(*units))]
         return next((found for found in self._by_heads(name, units) if self._runs_without(name, found[0])), every)
 
     def _by_heads(self, name: str, units: list[list[int]]) -> Iterator[list[list[int]]]:
-        """One unit of each head together, or all of a head; none where the channels of a layer are not all followed, as
-        where queries share keys."""
-        if not self._split(self.groups[name]):
-            for heads in sorted({self._heads.get(dep.target.grad_fn, 1) for dep, _ in self.groups[name]} - {1}):
-                width = len(units) // heads
-                if width * heads == len(units):
-                    of_each = [units[at::width] for at in range(width)]
-                    whole = [units[at : at + width] for at in range(0, len(units), width)]
-                    yield [sorted(itertools.chain(*together)) for together in of_each]
-                    yield [sorted(itertools.chain(*together)) for together in whole]
+        """One unit of each part or head together, or all of a head; none where the channels of a layer are not all
+        followed, as where queries share keys."""
+        if self._split(self.groups[name]):
+            return
+        steps = {dep.target.grad_fn for dep, _ in self.groups[name]}
+        for known in (self._parts, self._heads):
+            for many in sorted({known.get(step, 1) for step in steps} - {1}):
+                width = len(units) // many
+                if width * many == len(units):
+                    yield [sorted(itertools.chain(*units[at::width])) for at in range(width)]
+                    if known is self._heads:  # parts that are told by their number do not stand for themselves
+                        yield [sorted(itertools.chain(*units[at : at + width])) for at in range(0, len(units), width)]
 
     @torch.no_grad()
     def _runs_without(self, name: str, channels: list[int]) -> bool:
@@ -377,8 +381,8 @@ class _Following(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads, self.splits = dict[Any, int](), 0
-        """Step of the graph of gradients -> heads; how often channels, and nothing else, were split."""
+        self.heads, self.parts, self.splits = dict[Any, int](), dict[Any, int](), 0
+        """Step of the graph of gradients -> heads, or parts of one size; how often channels were viewed as heads."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -396,7 +400,7 @@ class _Following(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func in _SPLITS and output[0].grad_fn is not None:
             if len({part.shape for part in output}) == 1:
-                self.heads[output[0].grad_fn] = len(output)
+                self.parts[output[0].grad_fn] = len(output)
             return tuple(part * 1.0 for part in output)  # one step behind each, whoever uses it
         if func in _VIEWS and isinstance(args[0], Tensor) and args[0].ndim:
             before, after = args[0].shape, output.shape
