@@ -58,7 +58,7 @@ class Attention(nn.MultiheadAttention):
         )
         mask = None if attn_mask is None else _added(attn_mask, q)
         if mask is not None and mask.ndim == 3:
-            mask = mask.view(-1, self.num_heads, *mask.shape[1:])
+            mask = mask.reshape(-1, self.num_heads, *mask.shape[1:])
         if key_padding_mask is not None:
             padding = _added(key_padding_mask, q).view(-1, 1, 1, k.shape[-2])
             mask = padding if mask is None else mask + padding

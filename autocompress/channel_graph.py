@@ -157,14 +157,14 @@ class ChannelGraph:
         """The group of the channels that the layer makes or, if only some that another makes are among them (a split is
         between), of all of that one."""
         group = self._all_of(layer)
-        others = (self._all_of(maker) for maker in self._split(group))
-        return next((other for other in others if not self._split(other)), group)
+        others = (self._all_of(maker) for maker in self._divided(group))
+        return next((other for other in others if not self._divided(other)), group)
 
     def _all_of(self, layer: nn.Module) -> Any:
         pruner = self._graph.get_pruner_of_module(layer)
         return self._group(layer, pruner.prune_out_channels, [*range(pruner.get_out_channels(layer))])
 
-    def _split(self, group: Any) -> list[nn.Module]:
+    def _divided(self, group: Any) -> list[nn.Module]:
         """Layers that make other channels than those of the group, too."""
         made = (item for item in group if self._makes(item.dep))
         return [x.dep.target.module for x in made if len(x.idxs) < self._graph.get_out_channels(x.dep.target)]
@@ -260,7 +260,7 @@ class ChannelGraph:
     def _by_heads(self, name: str, units: list[list[int]]) -> Iterator[list[list[int]]]:
         """One unit of each part or head together, or all of a head; none where the channels of a layer are not all
         followed, as where queries share keys."""
-        if self._split(self.groups[name]):
+        if self._divided(self.groups[name]):
             return
         steps = {dep.target.grad_fn for dep, _ in self.groups[name]}
         for known in (self._parts, self._heads):
@@ -331,27 +331,29 @@ class ChannelGraph:
 
 
 def _read_splits(graph: Any) -> None:
-    """The parts of each split, in their order; None where it is not channels that it splits."""
+    """The parts of each split, in their order."""
     for node in graph.module2node.values():
         if node.type == tp.ops.OPTYPE.SPLIT:
-            node.outputs.sort(key=lambda behind: min(_parts_of(node, behind)))
+            node.outputs.sort(key=lambda behind: _part(node, behind) or 0)
             node.module.split_sizes = _sizes(node.grad_fn)
             # which are not looked at behind a token of class, lest it is tokens that are split
-            node.enable_index_mapping |= node.grad_fn._saved_dim == _LAST
+            node.enable_index_mapping |= getattr(node.grad_fn, "_saved_dim", None) == _LAST
 
 
-def _parts_of(split: Any, behind: Any) -> list[int]:
-    """Which parts the node is given: one, as `_Following` has it, of Tensor.chunk, of others maybe several."""
-    return [part for step, part in behind.grad_fn.next_functions if step is split.grad_fn]
+def _part(split: Any, behind: Any) -> int | None:
+    """Which part the node is given: one, as `_Following` has it."""
+    return next((part for step, part in behind.grad_fn.next_functions if step is split.grad_fn), None)
 
 
 def _sizes(split: Any) -> list[int] | None:
-    """Channels of each part that this step of the graph of gradients makes."""
-    if split._saved_dim not in (1, _LAST):
+    """Channels of each part that this step of the graph of gradients makes; None where it is not channels that it
+    splits."""
+    dimension = {1: 1, _LAST: -1}.get(getattr(split, "_saved_dim", 0))
+    if dimension is None or not hasattr(split, "_saved_self_sym_sizes"):
         return None
     if hasattr(split, "_saved_split_sizes"):
         return [*split._saved_split_sizes]
-    count, each = split._saved_self_sym_sizes[1 if split._saved_dim == 1 else -1], split._saved_split_size
+    count, each = split._saved_self_sym_sizes[dimension], split._saved_split_size
     return [min(each, count - begin) for begin in range(0, count, each)]
 
 
@@ -361,11 +363,12 @@ def _map_split(graph: Any, split: Any) -> None:
         return
     ends = [0, *itertools.accumulate(split.module.split_sizes)]
     for behind in split.outputs:
-        part = min(_parts_of(split, behind))
-        for one, other, reverse in ((split, behind, False), (behind, split, True)):
-            for dep in one.dependencies:
-                if dep.target is other:
-                    dep.index_mapping[0] = index_mapping._SplitIndexMapping(ends[part : part + 2], reverse)
+        part = _part(split, behind)
+        if part is not None:
+            for one, other, reverse in ((split, behind, False), (behind, split, True)):
+                for dep in one.dependencies:
+                    if dep.target is other:
+                        dep.index_mapping[0] = index_mapping._SplitIndexMapping(ends[part : part + 2], reverse)
 
 
 def _has_just(module: nn.Module, item: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -327,6 +329,42 @@ def test_halves_of_channels_lose_as_many_each() -> None:
     graph.remove("into", [3, 11])
     torch.testing.assert_close(run(model), before)
     assert model.join.weight.shape == (12, 28, 1, 1)
+
+
+class SplitFunction(torch.autograd.Function):
+    """Splits, as its name in the graph of gradients says, and tells nothing else."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :4].clone(), x[:, 4:].clone()
+
+    @staticmethod
+    def backward(context: Any, *parts: Any) -> Any:
+        return torch.cat(parts, 1)
+
+
+class Parted(nn.Module):
+    def __init__(self, cut: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.cut, self.into, self.both, self.head = cut, nn.Linear(6, 8), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(sum(self.both(part) for part in self.cut(self.into(x))))
+        return out
+
+
+SPLITS: dict[str, Callable[[Tensor], Any]] = {
+    "of one's own": SplitFunction.apply,
+    "unsafe": lambda x: torch.unsafe_chunk(x, 2, 1),
+    "by slices": lambda x: x.tensor_split(2, 1),
+    "the last part alone": lambda x: x.chunk(2, 1)[1:],
+}
+
+
+@pytest.mark.parametrize("cut", SPLITS.values(), ids=SPLITS)
+def test_whatever_splits_channels_the_rest_is_followed(cut: Any) -> None:
+    anatomy = read_anatomy(Parted(cut).eval(), lambda model: model(torch.randn(5, 6)))
+    assert "both" in {group.name for group in anatomy.groups}
 
 
 def test_parts_of_sizes_that_the_code_knows_are_left_alone() -> None:

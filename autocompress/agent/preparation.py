@@ -177,7 +177,7 @@ class Preparation:
             seconds = self.workshop.probe_seconds()
             threads = 1 if self.gpus else torch.get_num_threads()  # a worker has one, this process all of this machine
             seconds *= min(1.0, threads / self.workers)
-            worth = max(_FEW_PROBES, _OF_TRIALS * self._told.budget * self.workshop.trial_probes())
+            worth = max(_FEW_PROBES, _OF_TRIALS * int(self.settings["budget"]) * self.workshop.trial_probes())
             probes = int(min(MANY_PROBES, worth, _PROFILE_SHARE * self.pace.left() / seconds))
             measured = measured_profile(self.workshop, lambda: self._measure_profile(probes, seconds), probes)
             write_file(path, json.dumps(measured).encode())
