@@ -251,18 +251,17 @@ class ChannelGraph:
         computed of them, one of each group that a norm has, of each part that they are split into, or of each head of
         an attention, or a whole head."""
         units = self._units(name)
-        split = any(dep.target.grad_fn in {**self._heads, **self._parts} for dep, _ in self.groups[name])
-        if not split or self._runs_without(name, units[0]):
+        steps = {dep.target.grad_fn for dep, _ in self.groups[name]}
+        if steps.isdisjoint((*self._heads, *self._parts)) or self._runs_without(name, units[0]):
             return units
         every = [sorted(itertools.chain(*units))]
-        return next((found for found in self._by_heads(name, units) if self._runs_without(name, found[0])), every)
+        return next((found for found in self._across(name, units, steps) if self._runs_without(name, found[0])), every)
 
-    def _by_heads(self, name: str, units: list[list[int]]) -> Iterator[list[list[int]]]:
+    def _across(self, name: str, units: list[list[int]], steps: set[Any]) -> Iterator[list[list[int]]]:
         """One unit of each part or head together, or all of a head; none where the channels of a layer are not all
-        followed, as where queries share keys."""
+        followed, as where queries share keys. steps: of the graph of gradients, which the channels go through."""
         if self._divided(self.groups[name]):
             return
-        steps = {dep.target.grad_fn for dep, _ in self.groups[name]}
         for known in (self._parts, self._heads):
             for many in sorted({known.get(step, 1) for step in steps} - {1}):
                 width = len(units) // many

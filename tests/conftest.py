@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import autocompress  # noqa: F401  (registers the techniques)
 from autocompress.agent import engine
+from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.space import BoundSpace
 from autocompress.task import Task
 from autocompress.tasks.digits import SPLIT, load_images
@@ -288,3 +289,8 @@ def trials_run_here() -> Iterator[None]:
 def without_ray() -> Iterator[None]:
     with trials_run_here():
         yield
+
+
+def anatomy_of(task: Task) -> Anatomy:
+    batch = next(task.batches("train"))
+    return read_anatomy(task.build(), lambda model: task.run(model, batch)[0])
