@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -20,6 +21,7 @@ from autocompress.artifact.container import Codes, Plan, decode_artifact, decode
 from autocompress.artifact.pack import fold_norms, plans, unfold_norms
 from autocompress.compression import Candidate, ShadowedLayer, counted
 from autocompress.divergence import divergence, is_comparable
+from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.reparametrization import copied
@@ -35,6 +37,8 @@ SAMPLE = 4096
 """Weights of a layer that are coded to predict its bytes; larger layers are scaled up."""
 MANY_PROBES = 1000
 """Beyond so many choices to try, alike layers are probed together."""
+_RUINED = 1e6
+"""The distance of a model that says nothing."""
 _FEW = 16
 _RECIPE_BYTES = 6.0
 """Bytes that the recipe and the step of a layer take in the header."""
@@ -74,7 +78,7 @@ class Prober:
             else:  # what the model gives is its loss, or something that its loss alone understands
                 total += float(self.task.loss(output, target)) - float(self.task.loss(reference, target))
         value = total / max(len(self.batches), 1)
-        return max(value, 0.0) if np.isfinite(value) else 1e6  # a divergence of nothing may round to below zero
+        return max(value, 0.0) if np.isfinite(value) else _RUINED  # a divergence of nothing may round to below zero
 
     def effects(
         self,
@@ -102,9 +106,18 @@ class Prober:
                 continue
             out[key] = {}
             for choice in choices:
-                there = here if choice == present else self._distance_with(candidate, replay, site, dimension, choice)
+                there = here if choice == present else self._tried(candidate, replay, site, dimension, choice)
                 out[key][str(choice)] = max(0.0, there - here)
         return out
+
+    def _tried(self, candidate: Candidate, replay: Replay, site: str, dimension: str, choice: Choice) -> float:
+        """The distance with one more choice; that of a model that says nothing where it cannot be had."""
+        try:
+            return self._distance_with(candidate, replay, site, dimension, choice)
+        except Exception as error:  # whatever a model's own code makes of it: it is one choice of many
+            log = logging.getLogger("autocompress")
+            log.warning("%s:%s is not tried with %s: %s", site, dimension, choice, in_words(error))
+            return _RUINED
 
     def _distance_with(self, candidate: Candidate, replay: Replay, site: str, dimension: str, choice: Choice) -> float:
         if dimension == "weights" or dimension in maskings():

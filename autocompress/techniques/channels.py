@@ -11,11 +11,9 @@ not depthwise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy
@@ -23,7 +21,7 @@ from autocompress.channel_graph import ChannelGraph
 from autocompress.recipe import Choice
 from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, number_in, register
-from autocompress.techniques.importance import Importance, importance
+from autocompress.techniques.importance import Importance, importance, ranked
 from autocompress.techniques.ranking import Ranking
 
 
@@ -81,13 +79,11 @@ class Channels(StructureTechnique):
 
 def _weakest(values: Tensor, coupled: list[list[int]], count: int) -> list[int]:
     """At least so many channels, the least important ones, with what they are coupled to; one stays."""
-    known = values.tolist()
-    means = torch.tensor([math.fsum(known[channel] for channel in unit) / len(unit) for unit in coupled])
     out: list[int] = []
-    for place in means.argsort(stable=True).tolist()[:-1]:
+    for unit in ranked(values, coupled)[:-1]:
         if len(out) >= count:
             break
-        out += coupled[place]
+        out += unit
     return sorted(out)
 
 

@@ -14,6 +14,7 @@ Not for layers: it ranks channels. `taylor` and `gates` need the outputs of a ca
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,6 +54,14 @@ class Importance(TrainingTechnique):
 def importance(criterion: str, graph: ChannelGraph, group: str, run: Calibration) -> Tensor:
     """Float [channels] of a group of `graph`: more is more important. run: the calibration batches."""
     return _CRITERIA[criterion](graph, group, run)
+
+
+def ranked(values: Tensor, coupled: Sequence[list[int]]) -> list[list[int]]:
+    """The channels that go together (`ChannelGraph.coupled`), the least important first, by their mean. values: float
+    [channels]."""
+    known = values.tolist()
+    means = torch.tensor([math.fsum(known[channel] for channel in unit) / len(unit) for unit in coupled])
+    return [coupled[place] for place in means.argsort(stable=True).tolist()]
 
 
 def _norm(measure: Callable[[Any], Any]) -> Callable[[ChannelGraph, str, Calibration], Tensor]:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, Block, read_anatomy
 from autocompress.channel_graph import ChannelGraph
+from autocompress.errors import RecipeError
 from autocompress.nested import leaves, map_leaves
 from autocompress.reparametrization import copied
 from autocompress.replacement import Replacement
 from autocompress.task import Calibration
-from autocompress.techniques.importance import importance
+from autocompress.techniques.importance import importance, ranked
 from autocompress.techniques.lowrank import KINDS, LowRank, factors, pair, rank_of, weights_saved
 from autocompress.techniques.structure import Structure, offer
 
@@ -77,17 +78,17 @@ class Narrow(Structure):
         if isinstance(model.get_submodule(name), (LowRank, *KINDS)):
             return _bent(model.get_submodule(name), count, share)
         short = run.shortened(model)
-        inner = next(block.inner for block in read_anatomy(model, short).blocks if block.name == name)
+        inner = next((block.inner for block in read_anatomy(model, short).blocks if block.name == name), ())
+        if not inner:
+            raise RecipeError(f"{name or 'the model'} cannot be made {choice!r}: too few of its channels are left")
         for number in range(count):
             twin = copied(model)
             graph = ChannelGraph(twin, short)
             # all judged before any is removed: removal shifts the channels of concatenations
-            judged = {group: importance("l2", graph, group, run) for group in inner}
-            for group, values in judged.items():
-                order = values.argsort(descending=True, stable=True).tolist()
-                stay = order[number::count][: max(1, round(share * len(order)))]
-                if stay:
-                    graph.remove(group, sorted(set(order) - set(stay)))
+            judged = {group: ranked(importance("l2", graph, group, run), graph.coupled(group))[::-1] for group in inner}
+            for group, units in judged.items():
+                stay = units[number % len(units) :: count][: max(1, round(share * len(units)))]
+                graph.remove(group, sorted(channel for unit in units if unit not in stay for channel in unit))
             copies.append(twin.get_submodule(name))
         return Stack(copies)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from autocompress.artifact import pack, unpack
 from autocompress.compression import Candidate
-from autocompress.errors import SpaceError
+from autocompress.errors import RecipeError, SpaceError
+from autocompress.probing import rebuilt
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import SearchSpace
 from autocompress.surgery import as_real
@@ -149,6 +152,39 @@ def test_a_layer_with_fewer_channels_than_a_stack_has_networks_is_still_what_it_
     stacked = STRUCTURE.apply(copy.deepcopy(layer), {"0": "stack-3x0.25"}, lambda model: model(inputs))
     assert len(list(stacked[0].children())) == 3
     assert torch.allclose(stacked(inputs), layer(inputs), atol=1e-5)
+
+
+def test_members_of_an_ensemble_share_out_what_is_within_the_heads() -> None:
+    """Eight channels a head: of three members each has three of every head, as far as there are any."""
+    workshop = workshop_of(zoo_task("transformer"))
+    ensemble = candidate_of(workshop, {"model:structure": "stack-3"}).model
+    widths = [len(member.encoder.layers[0].self_attn.q_proj.weight) for member in ensemble.children()]
+    assert widths == [2 * 3, 2 * 3, 2 * 2]
+    assert outputs(workshop.task, ensemble).shape == outputs(workshop.task, workshop.original).shape
+
+
+def test_a_block_with_too_little_left_inside_is_no_stack() -> None:
+    """One sentence; and for a probe it is the worst of choices, not the end of a trial."""
+    workshop = workshop_of(zoo_task("spectral", 0))
+    candidate = candidate_of(workshop, {"head.0:structure": "lowrank-0.25", "head.0:channels": 0.4})
+    with pytest.raises(RecipeError, match="head cannot be made 'stack-2x0.25': too few of its channels are left"):
+        rebuilt(candidate, "head", "structure", "stack-2x0.25")
+    effects = workshop.prober.effects(candidate, {"head:structure": ["stack-2x0.25", "drop"]})["head:structure"]
+    assert effects["stack-2x0.25"] > 1000 > effects["drop"]
+
+
+@pytest.mark.parametrize("epochs", [1, 0])
+@pytest.mark.parametrize("name", ZOO)
+def test_any_recipe_of_all_techniques_gives_a_file(
+    name: str, epochs: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, rng = zoo_task(name, epochs), random.Random(0)
+    workshop = Workshop(task, task.build(), SearchSpace.named("everything"), tmp_path, 0)
+    for number, share in enumerate((0.05, 0.2, 0.5)):
+        chosen = {d.key: rng.choice(d.choices) for d in workshop.space if rng.random() < share}
+        result = workshop.finish(number, workshop.space.recipe(chosen))
+        assert result.size_bytes == (tmp_path / "trials" / str(number) / "model.acz").stat().st_size
+    assert "is not tried" not in caplog.text
 
 
 def test_an_ensemble_of_narrow_members_learns() -> None:
