@@ -167,7 +167,7 @@ def test_a_block_with_too_little_left_inside_is_no_stack() -> None:
     """One sentence; and for a probe it is the worst of choices, not the end of a trial."""
     workshop = workshop_of(zoo_task("spectral", 0))
     candidate = candidate_of(workshop, {"head.0:structure": "lowrank-0.25", "head.0:channels": 0.4})
-    with pytest.raises(RecipeError, match="head cannot be made 'stack-2x0.25': too few of its channels are left"):
+    with pytest.raises(RecipeError, match=r"head cannot be made 'stack-2x0\.25': too few of its channels are left"):
         rebuilt(candidate, "head", "structure", "stack-2x0.25")
     effects = workshop.prober.effects(candidate, {"head:structure": ["stack-2x0.25", "drop"]})["head:structure"]
     assert effects["stack-2x0.25"] > 1000 > effects["drop"]
