@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy, Block, read_anatomy
 from autocompress.channel_graph import ChannelGraph
 from autocompress.errors import RecipeError
-from autocompress.nested import leaves, map_leaves
+from autocompress.nested import cloned, leaves, map_leaves
 from autocompress.reparametrization import copied
 from autocompress.replacement import Replacement
 from autocompress.task import Calibration
@@ -42,7 +42,9 @@ class Stack(Replacement):
             self.add_module(str(number), module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = [module(*args, **kwargs) for module in self.children()]
+        *others, last = self.children()
+        # the last may compute in place, as the module did
+        outputs = [module(*cloned(args), **cloned(kwargs)) for module in others] + [last(*args, **kwargs)]
         means = (_mean(each) for each in zip(*map(leaves, outputs), strict=True))
         return map_leaves(outputs[0], lambda leaf: next(means))
 

@@ -20,6 +20,7 @@ from autocompress.space import SearchSpace
 from autocompress.surgery import as_real
 from autocompress.task import Calibration, Task, load_task, measure
 from autocompress.techniques.base import structures
+from autocompress.techniques.stack import Stack
 from autocompress.training import fine_tune
 from autocompress.trial import Workshop
 from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
@@ -293,6 +294,29 @@ def test_members_of_an_ensemble_may_say_several_things() -> None:
     torch.testing.assert_close(output["kind"], (members[0]["kind"] + members[1]["kind"]) / 2)
     torch.testing.assert_close(output["boxes"][0], (members[0]["boxes"][0] + members[1]["boxes"][0]) / 2)
     assert output["count"] == 16
+
+
+class Doubling(nn.Module):
+    """Computes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x.mul_(2)).relu_())
+        return out
+
+
+def test_each_of_a_stack_is_given_the_same() -> None:
+    x = torch.randn(4, 8)
+    twice = Stack([Doubling(), Doubling()])
+    expected = torch.stack([part(x.clone()) for part in twice.children()]).mean(0)
+    out = twice(given := x.clone())
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(given, 2 * x)  # as the module would have left it
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in twice.parameters())
 
 
 def test_a_parts_layer_can_lose_channels() -> None:
