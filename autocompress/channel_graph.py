@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch_pruning.dependency import index_mapping, shape_infer
+from torch_pruning.dependency.dependency import Dependency
 from torch_pruning.dependency.group import Group
 
 from autocompress.attention import Attention
 from autocompress.errors import in_words
 from autocompress.hooks import forward_hooks
-from autocompress.nested import leaves
+from autocompress.nested import close, leaves
+from autocompress.reach import Reach, reaches
 from autocompress.replacement import Elementwise, channel_makers
 from autocompress.surgery import owners, resizable, update_attributes
 
@@ -127,6 +129,57 @@ class ChannelGraph:
                 self.refused[name] = reason
             else:
                 self.groups[name] = group
+        self._reached: dict[str, list[list[int]]] = {}
+        for found in self._reaches(only):
+            self._add(found)
+
+    def _reaches(self, only: Collection[str]) -> list[Reach]:
+        """Channels that are not followed, or to nobody who takes them, but found by trying."""
+        taken = [group for group in self.groups.values() if any(self._takes(item.dep) for item in group)]
+        made = {maker for group in taken for maker in self._makers(group)}
+        layers = [layer for layer in self._graph.module2node if isinstance(layer, nn.Linear)]
+        among = [layer for layer in layers if layer not in made and id(layer) not in self._tied]
+        wanted = [layer for layer in among if self.names[id(layer)] in only or not only]
+        try:
+            return reaches(self.model, self._run, among, wanted) if wanted else []
+        except Exception:  # whatever a model's own code makes of other numbers
+            return []
+
+    def _add(self, found: Reach) -> None:
+        """The group of these channels, if the model does not miss the first unit of them."""
+        layers, order = [*found.makers, found.taker], [*self.names.values()]
+        first = min(range(len(found.makers)), key=lambda at: order.index(self.names[id(layers[at])]))
+        units = [[*outputs, inputs] for outputs, inputs in found.units]
+        group = Group()
+        for at in sorted(range(len(layers)), key=lambda at: at != first):
+            pruner, node = self._graph.get_pruner_of_module(layers[at]), self._graph.module2node[layers[at]]
+            prune = pruner.prune_in_channels if layers[at] is found.taker else pruner.prune_out_channels
+            places = [(i, unit[first][k % len(unit[first])]) for unit in units for k, i in enumerate(unit[at])]
+            group.add_dep(Dependency(prune, prune, self._graph.module2node[layers[first]], node), [])
+            idxs, group[-1].root_idxs = zip(*sorted(places), strict=True)
+            group[-1].idxs.extend(idxs)
+        if self._misses_nothing(group, units[0][first], found.taker, units[0][-1]):
+            for maker in {self.names[id(maker)] for maker in found.makers}:
+                self.groups.pop(maker, None)
+                self.refused.pop(maker, None)
+            name = self.names[id(layers[first])]
+            self.groups[name], self._reached[name] = group, [unit[first] for unit in units]
+
+    @torch.no_grad()
+    def _misses_nothing(self, group: Any, channels: list[int], taker: nn.Linear, inputs: list[int]) -> bool:
+        """Whether the model says without these channels what it says when the taker does not listen to them."""
+        before, weight = self.snapshot(), taker.weight.detach().clone()
+        weight[:, inputs] = 0
+        try:
+            taker.weight = nn.Parameter(weight)
+            silent = self._run(self.model)
+            self.restore(before)
+            _prune(group, channels)
+            return close(silent, self._run(self.model))
+        except Exception:  # whatever a model's own code makes of it
+            return False
+        finally:
+            self.restore(before)
 
     def _groups(self, only: Collection[str]) -> Iterator[Any]:
         """That of each layer with channels which is not in one before; those that cannot be followed are refused."""
@@ -179,13 +232,17 @@ class ChannelGraph:
                 return self._graph.get_pruning_group(layer, pruning_fn, channels)
 
     def _makers(self, group: Any) -> list[nn.Module]:
-        return [dep.target.module for dep, _ in group if self._makes(dep)]
+        return [item.dep.target.module for item in group if self._makes(item.dep)]
 
     def _makes(self, dep: Any) -> bool:
         """Whether this member produces the channels (and is a layer with weights)."""
         return isinstance(dep.target.module, (nn.modules.conv._ConvNd, nn.Linear)) and bool(
             self._graph.is_out_channel_pruning_fn(dep.handler)
         )
+
+    def _takes(self, dep: Any) -> bool:
+        """Whether this member is a layer with weights that is given the channels."""
+        return isinstance(dep.target.module, (nn.modules.conv._ConvNd, nn.Linear)) and not self._makes(dep)
 
     def _why_not(self, group: Any, name: str) -> str:
         for item in group:
@@ -243,13 +300,16 @@ class ChannelGraph:
         return max(1, sum(p.numel() for module in modules for p in module.parameters(recurse=False)))
 
     def makers(self, name: str) -> list[nn.Module]:
-        """The layers that make the channels of this group."""
-        return self._makers(self.groups[name])
+        """The layers that make the channels of this group, and no fewer."""
+        group, count = self.groups[name], self.channels(name)
+        return self._makers([item for item in group if len(item.idxs) == count])
 
     def coupled(self, name: str) -> list[list[int]]:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
         computed of them, one of each group that a norm has, of each part that they are split into, or of each head of
         an attention, or a whole head."""
+        if name in self._reached:
+            return self._reached[name]
         units = self._units(name)
         steps = {dep.target.grad_fn for dep, _ in self.groups[name]}
         if steps.isdisjoint((*self._heads, *self._parts)) or self._runs_without(name, units[0]):
@@ -301,17 +361,14 @@ class ChannelGraph:
     def snapshot(self) -> Snapshot:
         """What `remove` changes, for `restore`."""
         followed = {module for module in self._graph.module2node if isinstance(module, nn.Module)}
-        attributes = [
-            (module, {k: v.copy() if type(v) in (dict, list) else v for k, v in vars(module).items()})
-            for module in followed.union(self.model.modules())
-        ]
+        attributes = [(module, _copied(vars(module))) for module in followed.union(self.model.modules())]
         return attributes, self._graph.module2node.copy(), self._graph._param_to_name.copy()
 
     def restore(self, snapshot: Snapshot) -> None:
         attributes, nodes, names = snapshot
         for module, before in attributes:
             vars(module).clear()
-            vars(module).update(before)
+            vars(module).update(_copied(before))
         for module, node in nodes.items():
             node.module = module
         self._graph.module2node, self._graph._param_to_name = nodes.copy(), names.copy()
@@ -319,6 +376,9 @@ class ChannelGraph:
 
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove these channels physically from every layer of the group."""
+        if name in self._reached:
+            _prune(self.groups[name], channels)
+            return
         root = self.groups[name][0].dep
         group = self._group(root.target.module, root.handler, channels)
         with _quiet():
@@ -327,6 +387,16 @@ class ChannelGraph:
             if isinstance(dep.target.module, nn.Parameter):
                 update_attributes(self._owner(dep.target.module))
         self._up_to_date = False
+
+
+def _prune(group: Any, channels: Collection[int]) -> None:
+    """These channels of the first member, and those of the others that are theirs."""
+    for item in group:
+        item.dep([index for index, root in zip(item.idxs, item.root_idxs, strict=True) if root in channels])
+
+
+def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.copy() if type(value) in (dict, list) else value for name, value in attributes.items()}
 
 
 def _read_splits(graph: Any) -> None:

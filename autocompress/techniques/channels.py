@@ -2,7 +2,8 @@
 
 Groups come from Torch-Pruning's dependency graph (Fang et al., DepGraph, CVPR 2023); the least important
 channels go first, by the criterion of `importance.py`, within each group or over all of them (`ranking.py`). Heads
-of an attention that is written out go as a whole, or each becomes narrower, as its code lets them.
+of an attention that is written out go as a whole, or each becomes narrower, as its code lets them; queries that share
+a key go with it. Heads that the graph cannot follow (rotary embeddings) are found by trying what reaches what.
 
 Not for channels that are outputs of the model, that pass through a recurrent module, that a norm of groups
 sees together with those of other layers, or whose layer shares its weight with another; grouped convolutions that are
