@@ -61,9 +61,9 @@ class ChannelGroup:
 class Block:
     """A module that another can stand in for: it runs once, from one tensor to one tensor.
 
-    name: "" is the whole model. kind: its class. layers: those inside. inner: channel groups that no one
-    outside sees. droppable: the model runs without it, however its channels are pruned. grouped: it is a
-    convolution of several groups.
+    name: "" is the whole model. kind: its class, "" if it is none of torch's. layers: those inside. inner: channel
+    groups that no one outside sees. droppable: the model runs without it, however its channels are pruned. grouped: it
+    is a convolution of several groups.
     """
 
     name: str
@@ -207,7 +207,10 @@ def _blocks(
             group.name for group in groups if not name or all(member.startswith(prefix) for member in group.members)
         )
         grouped = getattr(part, "groups", 1) != 1
-        yield Block(name, type(part).__name__, inside[name], inner, name in droppable, grouped)
+        kind = (
+            type(part).__name__ if type(part).__module__.startswith("torch.nn.") else ""
+        )  # others compute what they like
+        yield Block(name, kind, inside[name], inner, name in droppable, grouped)
 
 
 class _Wrapped(Replacement):

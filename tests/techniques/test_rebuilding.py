@@ -335,6 +335,13 @@ def test_what_makes_no_sense_is_refused(raw: object) -> None:
         STRUCTURE.parse(raw)
 
 
+def test_what_only_has_the_name_of_a_layer_is_not_factorised() -> None:
+    named = type("Linear", (nn.Linear,), {"forward": lambda self, x: x @ self.weight.T.abs() + self.bias})
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), named(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    data = [(torch.randn(16, 32), torch.zeros(16, dtype=torch.long))]
+    assert sites(workshop_of(Task(model, data, data, data)), "lowrank-0.25") == ["0", "4"]
+
+
 def test_zoo_has_a_place_for_each() -> None:
     for choice in CHOICES:
         assert any(sites(workshop_of(zoo_task(name)), choice) for name in ZOO)
