@@ -4,7 +4,7 @@ with them (rotary embeddings, keys that several queries share)."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.hooks import Hook, forward_hooks
+from autocompress.hooks import forward_hooks
 from autocompress.seeds import seeded
 
 _MOST_UNITS = 128
@@ -33,14 +33,11 @@ class Reach:
 def reaches(
     model: nn.Module, run: Callable[[nn.Module], Any], among: Collection[nn.Module], wanted: Collection[nn.Module]
 ) -> list[Reach]:
-    """Of the linear layers `among` which, with one that is `wanted`, at least two units go into one linear layer. run:
-    the model on a batch."""
+    """Of the linear layers `among` which, with one that is `wanted`, at least two units go into one linear layer, and
+    into no other. run: the model on a batch."""
     with seeded(0):
-        ends = {taker: makers for taker, makers in _ends(model, run, among).items() if {*makers} & {*wanted}}
-        if not ends:
-            return []
-        probe = _Probe(model, run, ends)
-        searches = [_Search(taker, makers) for taker, makers in ends.items()]
+        probe = _Probe(model, run)
+        searches = [_Search(taker, makers) for taker, makers in _ends(probe, among, wanted).items()]
         while open_ := [search for search in searches if not search.done]:
             back = probe.back({search.taker: search.inputs for search in open_})
             for search in open_:
@@ -52,77 +49,75 @@ def reaches(
 
 
 def _ends(
-    model: nn.Module, run: Callable[[nn.Module], Any], among: Collection[nn.Module]
+    probe: _Probe, among: Collection[nn.Module], wanted: Collection[nn.Module]
 ) -> dict[nn.Linear, tuple[nn.Linear, ...]]:
-    """The last linear layer of each smallest module that has one of `among` and a later one -> all earlier ones, which
-    must be of `among`, too. Each runs once."""
-    runs: list[nn.Module] = []
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad(), forward_hooks((module, lambda module, *_: runs.append(module)) for module in linear):
-        run(model)
-    count, place = Counter(runs), {module: at for at, module in enumerate(runs)}
+    """The layer that takes what a wanted one says -> all whose it takes, if these are `among` and no other takes it."""
     out: dict[nn.Linear, tuple[nn.Linear, ...]] = {}
-    for parent in reversed([*model.modules()]):  # the inner ones first
-        inside = [module for module in parent.modules() if isinstance(module, nn.Linear) and count[module] == 1]
-        inside.sort(key=lambda module: place[module])
-        if len(inside) > 1 and out.keys().isdisjoint(inside) and {*among}.issuperset(inside[:-1]):
-            out[inside[-1]] = (*inside[:-1],)
+    left = [layer for layer in probe.layers if layer in wanted]
+    while left:
+        makers = left[:1]
+        takers = probe.takers(makers)
+        if len(takers) == 1:
+            makers += [maker for maker in probe.makers(*takers) if maker not in makers]
+            if {*among}.issuperset(makers) and probe.takers(makers) == takers:
+                out[takers[0]] = (*(layer for layer in probe.layers if layer in makers),)
+        left = [layer for layer in left if layer not in makers]
     return out
 
 
 class _Probe:
-    """The model with other numbers in place of what the makers say, and takers that say what they always say."""
+    """The model, each of whose linear layers that run once says random numbers, always the same, whatever it is given.
+    layers: these, in the order in which they run."""
 
-    def __init__(
-        self, model: nn.Module, run: Callable[[nn.Module], Any], ends: Mapping[nn.Linear, tuple[nn.Linear, ...]]
-    ) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
         self._model, self._run = model, run
-        self._said: dict[nn.Module, Tensor] = {}
-        self._given: dict[nn.Module, Tensor] = {}
-        makers = [maker for each in ends.values() for maker in each]
+        self._said: dict[nn.Linear, Tensor] = {}
+        self._given: dict[nn.Linear, Tensor] = {}
+        runs: list[nn.Linear] = []
 
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._said[module] = output.detach()
+        def listen(module: nn.Linear, args: Any, output: Tensor) -> None:
+            runs.append(module)
+            self._said[module] = output
 
-        with torch.no_grad(), forward_hooks((module, keep) for module in (*makers, *ends)):
+        with torch.no_grad(), forward_hooks((m, listen) for m in model.modules() if isinstance(m, nn.Linear)):
             run(model)
-        for maker in makers:
-            self._said[maker] = torch.randn_like(self._said[maker]).requires_grad_()
-        self._makers = makers
-        self._hooks: list[tuple[nn.Module, Hook]] = [(maker, self._say) for maker in makers]
-        self._hooks += [(taker, self._take) for taker in ends]
+        self.layers = [layer for layer, count in Counter(runs).items() if count == 1]
+        self._said = {layer: torch.randn_like(self._said[layer]).requires_grad_() for layer in self.layers}
         self._again()
         self._first = dict(self._given)
 
-    def _say(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self._said[module] * 1.0  # which what follows may change in place
-
-    def _take(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self._given[module] = args[0]
-        return self._said[module]
+    def _say(self, layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self._given[layer] = args[0]
+        return self._said[layer] * 1.0  # which what follows may change in place
 
     def _again(self) -> None:
-        with forward_hooks(self._hooks):
+        with forward_hooks((layer, self._say) for layer in self.layers):
             self._run(self._model)
 
-    def back(self, inputs: Mapping[nn.Linear, set[int]]) -> dict[nn.Module, set[int]]:
-        """Maker -> its channels that reach these of the takers."""
+    def takers(self, makers: Sequence[nn.Linear]) -> list[nn.Linear]:
+        """The layers that are given something else when these say something else."""
+        changed = self.forth({maker: {*range(maker.out_features)} for maker in makers})
+        return [taker for taker, channels in changed.items() if channels]
+
+    def makers(self, taker: nn.Linear) -> list[nn.Linear]:
+        """The layers whose outputs the taker is given something of."""
+        reaching = self.back({taker: {*range(taker.in_features)}})
+        return [maker for maker, channels in reaching.items() if channels]
+
+    def back(self, inputs: Mapping[nn.Linear, set[int]]) -> dict[nn.Linear, set[int]]:
+        """Layer -> its output channels that reach these inputs of others."""
         wanted = {taker: torch.zeros_like(self._first[taker]) for taker in inputs}
         for taker, channels in inputs.items():
             places = wanted[taker][..., sorted(channels)]
             wanted[taker][..., sorted(channels)] = torch.randn_like(places)
-        said = [self._said[maker] for maker in self._makers]
-        gradients = torch.autograd.grad(
-            [self._first[taker] for taker in wanted], said, [*wanted.values()], retain_graph=True, allow_unused=True
-        )
-        return {
-            maker: _channels(gradient != 0) if gradient is not None else set()
-            for maker, gradient in zip(self._makers, gradients, strict=True)
-        }
+        given, said = [self._first[taker] for taker in wanted], [*self._said.values()]
+        found = torch.autograd.grad(given, said, [*wanted.values()], retain_graph=True, allow_unused=True)
+        gradients = zip(self._said, found, strict=True)
+        return {layer: set() if gradient is None else _channels(gradient != 0) for layer, gradient in gradients}
 
     @torch.no_grad()
-    def forth(self, outputs: Mapping[nn.Linear, set[int]]) -> dict[nn.Module, set[int]]:
-        """Taker -> its channels that these of the makers reach."""
+    def forth(self, outputs: Mapping[nn.Linear, set[int]]) -> dict[nn.Linear, set[int]]:
+        """Layer -> its input channels that these outputs of others reach."""
         said = dict(self._said)
         for maker, channels in outputs.items():
             self._said[maker] = said[maker].clone()
@@ -130,7 +125,7 @@ class _Probe:
             self._said[maker][..., sorted(channels)] = torch.randn_like(places)
         self._again()
         self._said = said
-        return {taker: _channels(given != self._first[taker]) for taker, given in self._given.items()}
+        return {layer: _channels(given != self._first[layer]) for layer, given in self._given.items()}
 
 
 def _channels(changed: Tensor) -> set[int]:

@@ -29,6 +29,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.q, self.o = nn.Linear(WIDTH, HEADS * DIM), nn.Linear(HEADS * DIM, WIDTH)
         self.k, self.v = nn.Linear(WIDTH, SHARED * DIM), nn.Linear(WIDTH, SHARED * DIM)
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
         self.kind, self.mix = kind, nn.Parameter(torch.randn(HEADS, HEADS))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ class Rotary(nn.Module):
         if self.kind == "told":
             far = (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs()
             scores = scores - far * 2.0 ** -torch.arange(q.shape[1])[:, None, None]
-        out: Tensor = x + self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        out: Tensor = x + self.down(self.up(x).relu())
         return out
 
 
