@@ -72,11 +72,18 @@ def test_queries_go_with_the_key_that_they_share() -> None:
         assert found.units[0] == ((eight, four, four), eight)
         assert found.units[1] == (([c + 8 for c in eight], *[[c + 4 for c in four]] * 2), [c + 8 for c in eight])
     assert reaches(model, run, linear, [*second.makers[1:2]]) == [second]
-    assert reaches(model, run, {*linear} - {second.makers[1]}, linear) == [first]
+    assert reaches(model, run, {*linear} - {second.makers[1]}, queries) == [first]
     mixed = model_of("mixed")
-    assert [found.taker is mixed[2].o for found in reaches(mixed, run, [*mixed.modules()], [*mixed.modules()])] == [
-        True
-    ]
+    taken = [found.taker for found in reaches(mixed, run, [*mixed.modules()], [*mixed.modules()])]
+    assert mixed[1].o not in taken
+    assert mixed[2].o in taken
+
+
+def test_channels_that_go_one_by_one_are_units_too() -> None:
+    model = model_of()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    (found,) = reaches(model, run, linear, [layer for layer in linear if layer.out_features == 20][:1])
+    assert found.units == tuple((([channel],), [channel]) for channel in range(20))
 
 
 def test_the_model_misses_no_silent_head() -> None:
