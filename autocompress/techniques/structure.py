@@ -19,7 +19,7 @@ from autocompress.anatomy import Anatomy, Block
 from autocompress.errors import SpaceError
 from autocompress.recipe import MODEL, Choice
 from autocompress.replacement import Replacement, replaced
-from autocompress.task import Calibration, device_of
+from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register
 
 _KEEP = "keep"
@@ -146,7 +146,7 @@ def _rebuilt(chosen: Mapping[str, Choice]) -> list[tuple[str, str]]:
 
 def _put(model: nn.Module, name: str, new: Replacement, choice: str) -> nn.Module:
     new.choice = choice
-    return replaced(model, name, new.to(device_of(model.get_submodule(name))))
+    return replaced(model, name, new)
 
 
 register(Structures())
