@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with mnist/")
     parser.add_argument("--task", choices=[*TASKS], default="digits")
-    parser.add_argument("--markdown", action="store_true", help="a table for docs/benchmarks.md")
+    parser.add_argument("--markdown", action="store_true", help="a table for docs/benchmarks/search.md")
     parser.add_argument("--trials", type=int, default=1000)
     given = parser.parse_args()
     if given.data:

@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--table", action="store_true", help="print the results there are")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there are (.png, .svg)")
-    parser.add_argument("--markdown", action="store_true", help="the same, for docs/benchmarks.md")
+    parser.add_argument("--markdown", action="store_true", help="the same, for docs/benchmarks/search.md")
     given = parser.parse_args()
     if given.data:
         os.environ["AUTOCOMPRESS_DATA"] = given.data

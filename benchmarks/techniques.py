@@ -147,7 +147,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """One row a technique, tasks side by side, for docs/benchmarks.md."""
+    """One row a technique, tasks side by side, for docs/benchmarks/techniques.md."""
     known = {(r["task"], r["row"]): r for r in results}
     heads = [f"{task}: {text}" for task in TASKS for text in ("trials", "at 0.5", "test", "at 1", "test")]
     lines = ["| technique | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--task", choices=[*TASKS], action="append")
     parser.add_argument("--only", nargs="*", metavar="ROW", help="rows by name")
     parser.add_argument("--table", action="store_true", help="print the results there are")
-    parser.add_argument("--markdown", action="store_true", help="the same, for docs/benchmarks.md")
+    parser.add_argument("--markdown", action="store_true", help="the same, for docs/benchmarks/techniques.md")
     given = parser.parse_args()
     if given.data:
         os.environ["AUTOCOMPRESS_DATA"] = given.data
