@@ -49,7 +49,7 @@ def markdown() -> str:
         "# Techniques",
         "",
         "Written by `python -m autocompress.report.techniques` from the docstrings of `autocompress/techniques/`, to",
-        "which a test holds it. All can be named in a search space; what each is worth: `docs/benchmarks/techniques.md`.",
+        "which a test holds it. All can be named in a search space; `docs/benchmarks/techniques.md` has their worth.",
         "",
         "| dimension | choices (first: changes nothing) | what it is | source | cannot apply to |",
         "| --- | --- | --- | --- | --- |",
