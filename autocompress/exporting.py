@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from abc import abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,12 +135,19 @@ class _Onnx(_Written):
 
     @staticmethod
     def encode(program: ExportedProgram) -> bytes:
+        import onnx
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a torchvision that is not needed
-            made = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert made is not None
-        return bytes(made.model_proto.SerializeToString())
+            for optimize in (True, False):  # which does not always leave a graph in order
+                made = torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize)
+                assert made is not None
+                file = bytes(made.model_proto.SerializeToString())
+                with suppress(onnx.checker.ValidationError):
+                    onnx.checker.check_model(file)
+                    break
+        return file
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = [entry.name for entry in self._session.get_inputs()]

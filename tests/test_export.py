@@ -51,6 +51,15 @@ def test_it_is_as_good_as_the_decoded_model(name: str, suffix: str, tmp_path: Pa
     assert (made.val_accuracy, made.test_accuracy) == (decoded.val_accuracy, decoded.test_accuracy)
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_layers_that_round_one_input_in_two_ways(suffix: str, tmp_path: Path) -> None:
+    """Which ONNX's optimiser makes a graph out of order of."""
+    task, at = zoo_task("transformer"), "encoder.layers.1.self_attn"
+    path = file_of(task, tmp_path, {f"{at}.q_proj:activation_bits": 4, f"{at}.v_proj:activation_bits": 6})
+    made = ac.export(path, task, tmp_path / f"model{suffix}")
+    assert made.val_accuracy == ac.evaluate(path, task).val_accuracy
+
+
 def test_batches_may_be_of_any_length(tmp_path: Path) -> None:
     task = small_digits()
     path = file_of(task, tmp_path, {"1:weights": "int4", "1:sparsity": 0.5, "3:weights": "int8"})
