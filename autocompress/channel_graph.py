@@ -103,7 +103,7 @@ class ChannelGraph:
 
     def __init__(self, model: nn.Module, run: Run, only: Collection[str] = ()) -> None:
         self.model, self._run = model, run
-        self._tied = {id(module) for places in owners(model).values() if len(places) > 1 for module, _ in places}
+        self._ties = [places for places in owners(model).values() if len(places) > 1]
 
         def outputs(module: nn.Module, _: Any) -> list[Tensor]:
             return [leaf for leaf in leaves(run(module)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
@@ -138,7 +138,7 @@ class ChannelGraph:
         taken = [group for group in self.groups.values() if any(self._takes(item.dep) for item in group)]
         made = {maker for group in taken for maker in self._makers(group)}
         layers = [layer for layer in self._graph.module2node if isinstance(layer, nn.Linear)]
-        among = [layer for layer in layers if layer not in made and id(layer) not in self._tied]
+        among = [layer for layer in layers if layer not in made and not self._tied(layer)]
         wanted = [layer for layer in among if self.names[id(layer)] in only or not only]
         try:
             return reaches(self.model, self._run, among, wanted) if wanted else []
@@ -148,6 +148,8 @@ class ChannelGraph:
     def _add(self, found: Reach) -> None:
         """The group of these channels, if the model does not miss the first unit of them."""
         layers, order = [*found.makers, found.taker], [*self.names.values()]
+        if self._tied(found.taker):
+            return
         first = min(range(len(found.makers)), key=lambda at: order.index(self.names[id(layers[at])]))
         units = [[*outputs, inputs] for outputs, inputs in found.units]
         group = Group()
@@ -252,7 +254,7 @@ class ChannelGraph:
             if isinstance(module, nn.Parameter):
                 module = self._owner(module)
             through = self.names[id(module)]
-            if id(module) in self._tied:
+            if not self._tied(module) <= {other.dep.target.module for other in group}:
                 shares = "shares a weight with another layer"
                 return shares if through == name else f"its channels pass through {through}, which {shares}"
             if not resizable(module) or not _has_just(module, item):
@@ -260,6 +262,10 @@ class ChannelGraph:
             if not self._has(item):
                 return f"its channels cannot be followed into {through}"
         return ""
+
+    def _tied(self, module: nn.Module) -> set[nn.Module]:
+        """It and the modules that it shares a weight with; none where it shares none."""
+        return {other for places in self._ties if module in dict(places) for other, _ in places}
 
     def _has(self, item: Any) -> bool:
         """Whether there are such channels: joined and split ones are at times found where there are none."""
@@ -386,6 +392,11 @@ class ChannelGraph:
         for dep, _ in group:
             if isinstance(dep.target.module, nn.Parameter):
                 update_attributes(self._owner(dep.target.module))
+        for (first, attribute), *others in self._ties:
+            for module, name in others:
+                if not torch.equal(getattr(module, name), getattr(first, attribute)):
+                    raise ValueError("a weight that is shared does not lose the same channels everywhere")
+                setattr(module, name, getattr(first, attribute))
         self._up_to_date = False
 
 

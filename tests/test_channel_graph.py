@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.anatomy import read_anatomy
-from autocompress.artifact import pack, unpack
+from autocompress.artifact import load, pack, unpack
 from autocompress.channel_graph import ChannelGraph
 from autocompress.compression import Candidate
 from autocompress.recipe import Recipe
+from autocompress.space import SearchSpace
 from autocompress.task import Calibration, Task
 from autocompress.techniques.channels import Channels
 from autocompress.techniques.importance import importance
+from autocompress.trial import Workshop
 from tests.conftest import anatomy_of
 
 
@@ -311,6 +314,52 @@ def test_heads_become_narrower_or_fewer(shape: tuple[int, ...], first: list[int]
             again.remove("0.q", together[0])
             again = ChannelGraph(model, run)
         assert together == [[*range(len(first))]]
+
+
+class Speaker(nn.Module):
+    """Says words by the table that it reads them by. apart: not what it reads, but only what is made of it."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.table, self.apart = nn.Embedding(20, 8), apart
+        self.up, self.down, self.out = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 20, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        y = self.down(self.up(x).relu())
+        out: Tensor = self.out(y if self.apart else x + y)[:, -1]
+        return out
+
+
+def test_a_shared_weight_loses_the_same_channels_wherever_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids, model = torch.randint(0, 20, (32, 5)), Speaker().eval()
+    with torch.no_grad():
+        model.table.weight[:, 2:4] = 0
+        model.down.weight[2:4], model.down.bias[2:4] = 0, 0
+    before, graph = model(ids), ChannelGraph(model, lambda model: model(ids))
+    assert graph.coupled("down") == [[channel] for channel in range(8)]
+    graph.remove("down", [2, 3])
+    torch.testing.assert_close(model(ids), before)
+    assert model.out.weight is model.table.weight
+    assert model.out.weight.shape == (20, 6)
+    data = [(ids, torch.randint(0, 20, (32,)))]
+    for epochs in (1, 0):
+        task = Task(Speaker(), data, data, data, epochs=epochs)
+        workshop = Workshop(task, task.build(), SearchSpace.named("default"), tmp_path, 0)
+        for number, share in enumerate((0.7, 0.4)):
+            workshop.finish(number, workshop.space.recipe({"down:channels": share}), number - 1 if number else None)
+            decoded = load(tmp_path / "trials" / str(number) / "model.acz", task.build())
+            assert decoded.out.weight is decoded.table.weight
+            assert decoded.table.embedding_dim == decoded.out.in_features == round(8 * share)
+
+
+def test_a_shared_weight_whose_channels_are_two_keeps_them() -> None:
+    ids = torch.randint(0, 20, (3, 5))
+    anatomy = read_anatomy(Speaker(apart=True).eval(), lambda model: model(ids))
+    assert [group.name for group in anatomy.groups] == ["up"]
+    assert anatomy.left_alone["down"] == "its channels pass through out, which shares a weight with another layer"
 
 
 class Width(nn.Module):
