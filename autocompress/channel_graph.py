@@ -103,7 +103,6 @@ class ChannelGraph:
 
     def __init__(self, model: nn.Module, run: Run, only: Collection[str] = ()) -> None:
         self.model, self._run = model, run
-        self._ties = [places for places in owners(model).values() if len(places) > 1]
 
         def outputs(module: nn.Module, _: Any) -> list[Tensor]:
             return [leaf for leaf in leaves(run(module)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
@@ -118,6 +117,12 @@ class ChannelGraph:
             )
         self._heads, self._parts, self._splits = following.heads, following.parts, following.splits
         self._up_to_date = True
+        self._ties = [
+            [[place for place in places if (place[0] in self._graph.module2node) == runs] for runs in (True, False)]
+            for places in owners(model).values()
+            if len(places) > 1
+        ]
+        """Of each shared tensor, where it is in modules that run and in others."""
         self.names = channel_makers(model)
         self.groups: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -129,7 +134,6 @@ class ChannelGraph:
                 self.refused[name] = reason
             else:
                 self.groups[name] = group
-        self._reached: dict[str, list[list[int]]] = {}
         for found in self._reaches(only):
             self._add(found)
 
@@ -138,7 +142,8 @@ class ChannelGraph:
         taken = [group for group in self.groups.values() if any(self._takes(item.dep) for item in group)]
         made = {maker for group in taken for maker in self._makers(group)}
         layers = [layer for layer in self._graph.module2node if isinstance(layer, nn.Linear)]
-        among = [layer for layer in layers if layer not in made and not self._tied(layer)]
+        tied = {module for places, _ in self._ties for module, _ in places}
+        among = [layer for layer in layers if layer not in made and layer not in tied]
         wanted = [layer for layer in among if self.names[id(layer)] in only or not only]
         try:
             return reaches(self.model, self._run, among, wanted) if wanted else []
@@ -148,35 +153,40 @@ class ChannelGraph:
     def _add(self, found: Reach) -> None:
         """The group of these channels, if the model does not miss the first unit of them."""
         layers, order = [*found.makers, found.taker], [*self.names.values()]
-        if self._tied(found.taker):
+        if any(found.taker in dict(places) for places, _ in self._ties):
             return
         first = min(range(len(found.makers)), key=lambda at: order.index(self.names[id(layers[at])]))
         units = [[*outputs, inputs] for outputs, inputs in found.units]
-        group = Group()
+        group = self._found([], [unit[first] for unit in units])
         for at in sorted(range(len(layers)), key=lambda at: at != first):
             pruner, node = self._graph.get_pruner_of_module(layers[at]), self._graph.module2node[layers[at]]
             prune = pruner.prune_in_channels if layers[at] is found.taker else pruner.prune_out_channels
-            places = [(i, unit[first][k % len(unit[first])]) for unit in units for k, i in enumerate(unit[at])]
-            group.add_dep(Dependency(prune, prune, self._graph.module2node[layers[first]], node), [])
-            idxs, group[-1].root_idxs = zip(*sorted(places), strict=True)
-            group[-1].idxs.extend(idxs)
-        if self._misses_nothing(group, units[0][first], found.taker, units[0][-1]):
+            places = sorted((i, unit[first][k % len(unit[first])]) for unit in units for k, i in enumerate(unit[at]))
+            dep = Dependency(prune, prune, self._graph.module2node[layers[first]], node)
+            group.add_dep(dep, [index for index, _ in places])
+            group[-1].root_idxs = [root for _, root in places]
+        if self._misses_nothing(group, found.taker, units[0][-1]):
             for maker in {self.names[id(maker)] for maker in found.makers}:
                 self.groups.pop(maker, None)
                 self.refused.pop(maker, None)
-            name = self.names[id(layers[first])]
-            self.groups[name], self._reached[name] = group, [unit[first] for unit in units]
+            self.groups[self.names[id(layers[first])]] = group
+
+    def _found(self, items: Collection[Any], units: list[list[int]]) -> Any:
+        """A group that Torch-Pruning would not find, of channels that stay where they are. units: which go together."""
+        group = Group()
+        group._DG, group._group, group.units = self._graph, [*items], units
+        return group
 
     @torch.no_grad()
-    def _misses_nothing(self, group: Any, channels: list[int], taker: nn.Linear, inputs: list[int]) -> bool:
-        """Whether the model says without these channels what it says when the taker does not listen to them."""
+    def _misses_nothing(self, group: Any, taker: nn.Linear, inputs: list[int]) -> bool:
+        """Whether the model says without the first unit what it says when the taker does not listen to these inputs."""
         before, weight = self.snapshot(), taker.weight.detach().clone()
         weight[:, inputs] = 0
         try:
             taker.weight = nn.Parameter(weight)
             silent = self._run(self.model)
             self.restore(before)
-            _prune(group, channels)
+            self._prune(_part_of(group, group.units[0]))
             return close(silent, self._run(self.model))
         except Exception:  # whatever a model's own code makes of it
             return False
@@ -213,7 +223,19 @@ class ChannelGraph:
         between), of all of that one."""
         group = self._all_of(layer)
         others = (self._all_of(maker) for maker in self._divided(group))
-        return next((other for other in others if not self._divided(other)), group)
+        return self._joined(next((other for other in others if not self._divided(other)), group))
+
+    def _joined(self, group: Any) -> Any:
+        """With those of the layers that share a weight with one of it, if all have their channels in the same order."""
+        every, items = [*range(len(group[0].idxs))], [*group]
+        for item in items:  # which become more
+            for other in self._tied(item.dep).difference(known.dep.target.module for known in items):
+                pruner, looked_up = self._graph.get_pruner_of_module(other), isinstance(other, nn.Embedding)
+                if self._makes(item.dep) or not isinstance(other, (nn.Embedding, nn.Linear)):
+                    return group
+                items += self._group(other, pruner.prune_out_channels if looked_up else pruner.prune_in_channels, every)
+        alike = all(item.idxs == item.root_idxs == every for item in items)
+        return self._found(items, [[channel] for channel in every]) if alike and len(items) > len(group) else group
 
     def _all_of(self, layer: nn.Module) -> Any:
         pruner = self._graph.get_pruner_of_module(layer)
@@ -254,7 +276,7 @@ class ChannelGraph:
             if isinstance(module, nn.Parameter):
                 module = self._owner(module)
             through = self.names[id(module)]
-            if not self._tied(module) <= {other.dep.target.module for other in group}:
+            if not self._tied(item.dep) <= {other.dep.target.module for other in group}:
                 shares = "shares a weight with another layer"
                 return shares if through == name else f"its channels pass through {through}, which {shares}"
             if not resizable(module) or not _has_just(module, item):
@@ -263,9 +285,15 @@ class ChannelGraph:
                 return f"its channels cannot be followed into {through}"
         return ""
 
-    def _tied(self, module: nn.Module) -> set[nn.Module]:
-        """It and the modules that it shares a weight with; none where it shares none."""
-        return {other for places in self._ties if module in dict(places) for other, _ in places}
+    def _tied(self, dep: Any) -> set[nn.Module]:
+        """The modules that share a tensor with this member which has these channels, and it itself."""
+        module, makes = dep.target.module, self._makes(dep)
+        return {
+            other
+            for places, _ in self._ties
+            if module in dict(places) and (makes or getattr(*places[0]).ndim > 1)
+            for other, _ in places
+        }
 
     def _has(self, item: Any) -> bool:
         """Whether there are such channels: joined and split ones are at times found where there are none."""
@@ -314,9 +342,7 @@ class ChannelGraph:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
         computed of them, one of each group that a norm has, of each part that they are split into, or of each head of
         an attention, or a whole head."""
-        if name in self._reached:
-            return self._reached[name]
-        units = self._units(name)
+        units = getattr(self.groups[name], "units", None) or self._units(name)
         steps = {dep.target.grad_fn for dep, _ in self.groups[name]}
         if steps.isdisjoint((*self._heads, *self._parts)) or self._runs_without(name, units[0]):
             return units
@@ -382,28 +408,36 @@ class ChannelGraph:
 
     def remove(self, name: str, channels: list[int]) -> None:
         """Remove these channels physically from every layer of the group."""
-        if name in self._reached:
-            _prune(self.groups[name], channels)
-            return
-        root = self.groups[name][0].dep
-        group = self._group(root.target.module, root.handler, channels)
+        group = self.groups[name]
+        if hasattr(group, "units"):
+            self._prune(_part_of(group, channels))
+        else:
+            self._prune(self._group(group[0].dep.target.module, group[0].dep.handler, channels))
+
+    def _prune(self, group: Any) -> None:
         with _quiet():
-            group.prune()
+            group.prune(record_history=False)
         for dep, _ in group:
             if isinstance(dep.target.module, nn.Parameter):
                 update_attributes(self._owner(dep.target.module))
-        for (first, attribute), *others in self._ties:
-            for module, name in others:
-                if not torch.equal(getattr(module, name), getattr(first, attribute)):
-                    raise ValueError("a weight that is shared does not lose the same channels everywhere")
-                setattr(module, name, getattr(first, attribute))
+        for running, idle in self._ties:
+            tensors = [getattr(*place) for place in running]
+            if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+                raise ValueError("a weight that is shared does not lose the same channels everywhere")
+            for module, name in [*running, *idle] if tensors else ():
+                setattr(module, name, tensors[0])
+            for module, _ in idle:
+                update_attributes(module)
         self._up_to_date = False
 
 
-def _prune(group: Any, channels: Collection[int]) -> None:
+def _part_of(group: Any, channels: Collection[int]) -> Any:
     """These channels of the first member, and those of the others that are theirs."""
+    part = Group()
+    part._DG = group._DG
     for item in group:
-        item.dep([index for index, root in zip(item.idxs, item.root_idxs, strict=True) if root in channels])
+        part.add_dep(item.dep, [i for i, root in zip(item.idxs, item.root_idxs, strict=True) if root in channels])
+    return part
 
 
 def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
