@@ -78,6 +78,10 @@ def _program(task: Task, model: nn.Module) -> ExportedProgram:
     with torch.no_grad():
         task.run(model, batch)
     handle.remove()
+    if not calls:
+        raise ExportError(
+            f"task {task.name!r} does not call its model as model(...), which is what is exported: let its forward do so"
+        )
     args, kwargs = calls[0]
 
     def any_length(value: Any) -> dict[int, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,9 @@ def test_what_cannot_be_exported_is_told_in_a_sentence(tmp_path: Path, monkeypat
     with pytest.raises(ExportError, match=r"cannot be exported to \.pt2: .+") as told:
         ac.export(path, task, tmp_path / "model.pt2")
     assert "\n" not in str(told.value)
+    around = replace(task, forward=lambda model, batch: (model.head(batch[0]), batch[1]), name="around")
+    with pytest.raises(ExportError, match=r"task 'around' does not call its model as model\(\.\.\.\)"):
+        ac.export(path, around, tmp_path / "model.pt2")
     with pytest.raises(ExportError, match=r"ends with \.pt2 or \.onnx"):
         ac.export(path, task, tmp_path / "model.tflite")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
