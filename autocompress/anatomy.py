@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autocompress.channel_graph import ChannelGraph, Run
 from autocompress.errors import in_words
 from autocompress.hooks import Hook, forward_hooks
-from autocompress.nested import leaves
+from autocompress.nested import cloned, close, leaves
 from autocompress.reparametrization import copied
 from autocompress.replacement import Dropped, Replacement
 from autocompress.surgery import as_real, owners, tensors
@@ -62,8 +62,8 @@ class Block:
     """A module that another can stand in for: it runs once, from one tensor to one tensor.
 
     name: "" is the whole model. kind: its class, "" if it is none of torch's. layers: those inside. inner: channel
-    groups that no one outside sees. droppable: the model runs without it, however its channels are pruned. grouped: it
-    is a convolution of several groups.
+    groups that no one outside sees. droppable: the model runs without it, however its channels are pruned. repeatable:
+    it says the same again. grouped: it is a convolution of several groups.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Block:
     layers: tuple[str, ...]
     inner: tuple[str, ...] = ()
     droppable: bool = False
+    repeatable: bool = True
     grouped: bool = False
 
 
@@ -199,6 +200,9 @@ def _blocks(
     parts = {name: model.get_submodule(name) for name in inside}
     whole = _replaceable(model, {name: _Wrapped(part) for name, part in parts.items() if name}, run, expected)
     droppable = _replaceable(model, {name: Dropped() for name in whole & steady}, run, expected)
+    repeatable = _replaceable(model, {name: _Repeated(parts[name]) for name in whole}, run, expected)
+    with suppress(Exception), torch.no_grad():  # whatever a task makes of a model that has no attributes of its own
+        repeatable |= {""} if _shapes_of(run(_Repeated(model))) == expected else set()
     for name, part in parts.items():
         if name and name not in whole:
             continue
@@ -207,10 +211,8 @@ def _blocks(
             group.name for group in groups if not name or all(member.startswith(prefix) for member in group.members)
         )
         grouped = getattr(part, "groups", 1) != 1
-        kind = (
-            type(part).__name__ if type(part).__module__.startswith("torch.nn.") else ""
-        )  # others compute what they like
-        yield Block(name, kind, inside[name], inner, name in droppable, grouped)
+        kind = type(part).__name__ if type(part).__module__.startswith("torch.nn.") else ""
+        yield Block(name, kind, inside[name], inner, name in droppable, name in repeatable, grouped)
 
 
 class _Wrapped(Replacement):
@@ -222,6 +224,17 @@ class _Wrapped(Replacement):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.part(*args, **kwargs)
+
+
+class _Repeated(_Wrapped):
+    """Runs twice, which what keeps something of what it was given (a cache) makes something else of."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first = self.part(*cloned(args), **cloned(kwargs))
+        again = self.part(*args, **kwargs)
+        if not close(first, again):
+            raise ValueError("says something else when it runs again")
+        return again
 
 
 def _replaceable(model: nn.Module, others: Mapping[str, nn.Module], run: Run, expected: Any) -> set[str]:

@@ -80,7 +80,7 @@ def _program(task: Task, model: nn.Module) -> ExportedProgram:
     handle.remove()
     if not calls:
         raise ExportError(
-            f"task {task.name!r} does not call its model as model(...), which is what is exported: let its forward do so"
+            f"task {task.name!r} does not call its model as model(...), which is what is exported: let forward= do so"
         )
     args, kwargs = calls[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from autocompress.biases import Biases
 from autocompress.compression import Candidate, ShadowedLayer
 from autocompress.divergence import divergence
-from autocompress.errors import TaskError
+from autocompress.errors import TaskError, in_words
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice
 from autocompress.seeds import rewound
@@ -208,7 +209,13 @@ def _settle(task: Task, candidate: Candidate, rate: RateModel, choices: Mapping[
     rate.refresh()
     candidate.materialise()
     candidate.model.eval()
-    curvature = _curvature(task, candidate)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):  # whose RNNs want to be in training
+            curvature = _curvature(task, candidate)
+    except RuntimeError as error:
+        log = logging.getLogger("autocompress")
+        log.warning("weights are rounded to the nearest, for the model has no gradients: %s", in_words(error))
+        return
     original = sum(layer.numel for layer in candidate.anatomy.layers)
     for technique, choice in active:
         for name, bits in rate.tables.items():

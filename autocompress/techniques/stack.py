@@ -8,7 +8,8 @@ its networks has that share of its singular directions and bends between them, b
 2015) that begins as the identity.
 
 Not for blocks without channels of their own or where the networks would have as many weights, grouped and transposed
-convolutions, and modules that do not make one tensor of one.
+convolutions, modules that do not make one tensor of one, and those that say something else when they run again
+(as they do with a cache).
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Narrow(Structure):
 
     def fits(self, choice: str, block: Block, anatomy: Anatomy) -> bool:
         count, share = _parts(choice)
+        if not block.repeatable:
+            return False
         if not block.inner:
             return weights_saved(block, anatomy, share, count)
         left = 0.0

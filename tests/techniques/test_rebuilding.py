@@ -335,6 +335,41 @@ def test_what_makes_no_sense_is_refused(raw: object) -> None:
         STRUCTURE.parse(raw)
 
 
+class Cache:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+class Remembering(nn.Module):
+    """Adds up all that it was given, as attention does with a cache of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        cache.seen.append(x)
+        out: Tensor = self.down(self.up(torch.stack(cache.seen).sum(0)).relu())
+        return out
+
+
+class WithCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body, self.head = Remembering(), Doubling(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.first(x * 1, Cache())))
+        return out
+
+
+def test_what_says_something_else_when_it_runs_again_is_not_stacked() -> None:
+    data = [(torch.randn(16, 8), torch.zeros(16, dtype=torch.long))]
+    found = sites(workshop_of(Task(WithCache(), data, data, data)), "stack-2x0.25")
+    assert {"model", "body"} <= {*found}
+    assert "first" not in found
+
+
 def test_what_only_has_the_name_of_a_layer_is_not_factorised() -> None:
     named = type("Linear", (nn.Linear,), {"forward": lambda self, x: x @ self.weight.T.abs() + self.bias})
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), named(32, 32), nn.ReLU(), nn.Linear(32, 3))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autocompress.artifact import pack
 from autocompress.compression import Candidate
 from autocompress.recipe import Recipe
-from autocompress.task import measure
+from autocompress.task import Task, measure
 from autocompress.techniques.base import IntegerWeights, trainings
 from autocompress.training import fine_tune
 from tests.conftest import small_digits, workshop_of
@@ -62,3 +63,29 @@ def test_a_price_on_rounding_makes_the_file_smaller_and_keeps_the_pruned() -> No
         accuracies.append(measure(task, candidate.model, "val"))
     assert sizes[1] < 0.98 * sizes[0]
     assert accuracies[1] > accuracies[0] - 0.05
+
+
+class Kept(nn.Module):
+    """Computes something once while it is evaluated, with the gradients of then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.bias, self.known = nn.Linear(8, 3), nn.Parameter(torch.zeros(3)), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.known.clear()
+        else:
+            self.known = self.known or [self.bias.exp()]
+        out: Tensor = self.body(x) + (self.known[0] if self.known else self.bias.exp())
+        return out
+
+
+def test_a_model_without_gradients_is_rounded_to_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    data = [(torch.randn(16, 8), torch.zeros(16, dtype=torch.long))] * 3
+    task = Task(Kept(), data, data, data, epochs=1)
+    workshop = workshop_of(task)
+    recipe = Recipe.of({"body:weights": "int4", "model:rounding": 0.3})
+    candidate = Candidate(workshop.original, workshop.anatomy, recipe, workshop.calibration)
+    assert [*fine_tune(task, candidate, workshop.original, 1)] == [1]
+    assert "rounded to the nearest, for the model has no gradients" in caplog.text
