@@ -157,7 +157,7 @@ class ChannelGraph:
             return
         first = min(range(len(found.makers)), key=lambda at: order.index(self.names[id(layers[at])]))
         units = [[*outputs, inputs] for outputs, inputs in found.units]
-        group = self._found([], [unit[first] for unit in units])
+        group = self._found(units=[unit[first] for unit in units])
         for at in sorted(range(len(layers)), key=lambda at: at != first):
             pruner, node = self._graph.get_pruner_of_module(layers[at]), self._graph.module2node[layers[at]]
             prune = pruner.prune_in_channels if layers[at] is found.taker else pruner.prune_out_channels
@@ -171,8 +171,9 @@ class ChannelGraph:
                 self.refused.pop(maker, None)
             self.groups[self.names[id(layers[first])]] = group
 
-    def _found(self, items: Collection[Any], units: list[list[int]]) -> Any:
-        """A group that Torch-Pruning would not find, of channels that stay where they are. units: which go together."""
+    def _found(self, items: Collection[Any] = (), units: Collection[list[int]] = ()) -> Any:
+        """A group that Torch-Pruning would not find, of channels that stay where they are. units: which go together, if
+        the members do not tell."""
         group = Group()
         group._DG, group._group, group.units = self._graph, [*items], units
         return group
@@ -235,7 +236,7 @@ class ChannelGraph:
                     return group
                 items += self._group(other, pruner.prune_out_channels if looked_up else pruner.prune_in_channels, every)
         alike = all(item.idxs == item.root_idxs == every for item in items)
-        return self._found(items, [[channel] for channel in every]) if alike and len(items) > len(group) else group
+        return self._found(items) if alike and len(items) > len(group) else group
 
     def _all_of(self, layer: nn.Module) -> Any:
         pruner = self._graph.get_pruner_of_module(layer)
@@ -342,7 +343,9 @@ class ChannelGraph:
         """The channels of the group, those that can only go together as one: as after a concatenation with what was
         computed of them, one of each group that a norm has, of each part that they are split into, or of each head of
         an attention, or a whole head."""
-        units = getattr(self.groups[name], "units", None) or self._units(name)
+        if known := getattr(self.groups[name], "units", None):
+            return [*known]
+        units = self._units(name)
         steps = {dep.target.grad_fn for dep, _ in self.groups[name]}
         if steps.isdisjoint((*self._heads, *self._parts)) or self._runs_without(name, units[0]):
             return units

@@ -6,8 +6,8 @@ of an attention that is written out go as a whole, or each becomes narrower, as 
 a key go with it. Heads that the graph cannot follow (rotary embeddings) are found by trying what reaches what.
 
 Not for channels that are outputs of the model, that pass through a recurrent module, that a norm of groups
-sees together with those of other layers, or whose layer shares its weight with another; grouped convolutions that are
-not depthwise.
+sees together with those of other layers, or whose layer shares its weight with one that has them in another order;
+grouped convolutions that are not depthwise.
 """
 
 from __future__ import annotations
