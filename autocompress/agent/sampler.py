@@ -96,6 +96,7 @@ class Point:
         """What its weights amount to: a price of bits prunes more than the recipe asks."""
         self.size: float = trial.values[0]
         self.accuracy: float = trial.values[1]
+        self.rungs = {name: float(value) for name, value in trial.user_attrs.items() if name.startswith("rung_")}
         self.effects: dict[str, dict[str, float]] = trial.user_attrs.get("effects", {})
         self.parent: int | None = trial.user_attrs.get("parent")
         self.move: str = trial.user_attrs.get("move", MOVES[0])
@@ -111,6 +112,28 @@ class Point:
         """(dimension, site) of the parts that are not as they were."""
         made = [(key.rpartition(":")[2], key.rpartition(":")[0], c) for key, c in without_void(self.chosen).items()]
         return [(name, site) for name, site, c in made if _rebuilds(name) and c != structures()[name].default]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A trial that was stopped at a rung. size: the bytes that it was to have. accuracy: at the rung."""
+
+    chosen: dict[str, Choice]
+    move: str
+    parent: int
+    size: float
+    rung: str
+    accuracy: float
+
+    @staticmethod
+    def of(trial: FrozenTrial, keys: Container[str]) -> Stopped | None:
+        """None of one that began from the original, or was stopped by someone else."""
+        told = trial.user_attrs
+        rungs = [name for name in told if name.startswith("rung_")]
+        if told.get("parent") is None or told.get("predicted_bytes") is None or not rungs:
+            return None
+        chosen = {key: choice for key, choice in trial.params.items() if key in keys}
+        return Stopped(chosen, told["move"], told["parent"], told["predicted_bytes"], rungs[-1], float(told[rungs[-1]]))
 
 
 _TOLD = ("move", "target_bytes", "predicted_bytes", "expected_accuracy", "deviation")
@@ -168,6 +191,7 @@ class FrontierSampler(BaseSampler):
         self._default_bytes = profile.predict(profile.default())
         self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
+        self._stopped: dict[int, Stopped] = {}
         self._ratios: dict[int, float] = {}
         self._bytes_forecast: tuple[int, BytesForecast] | None = None
         self._training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
@@ -214,6 +238,10 @@ class FrontierSampler(BaseSampler):
                 point = self._points[finished.number] = Point(finished, self.dimensions)
                 if point.move == "train" and point.parent in self._points:
                     point.trained = self._points[point.parent].trained + 1
+            if finished.state == TrialState.PRUNED and finished.number not in self._stopped:
+                stopped = Stopped.of(finished, self.dimensions)
+                if stopped is not None:
+                    self._stopped[finished.number] = stopped
         if self.race:
             self.race.note([t for t in trials if t.number != number])
         done = [self._points[known] for known in sorted(self._points)]
@@ -317,7 +345,7 @@ class FrontierSampler(BaseSampler):
         at = int(gains.argmax()) if gains.max() > 0 else int(sizes.argmin())
         best = proposals[at]
         if best.chosen is None:
-            known = [p.chosen for p in done] + [t.params for t in running]
+            known = [p.chosen for p in done] + [p.chosen for p in self._stopped.values()] + [t.params for t in running]
             for noise in (0.4, 0.8, 1.6):
                 best = self._step(done, best.target_bytes, rng, noise, best.parent)
                 if best.chosen not in known:
@@ -370,12 +398,19 @@ class FrontierSampler(BaseSampler):
         return Region(self._least_bytes, largest, least, ceiling, size_margin, accuracy_margin)
 
     def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
-        known, unit = {p.number: p for p in done}, region.ceiling - self.base_accuracy
+        known = {p.number: p for p in done}
+        children = [(p.move, known[p.parent], p.size, p.accuracy) for p in done if p.parent in known]
+        # stopped ones would have gained by the rest of their training what others did
+        for p in self._stopped.values():
+            gains = [other.accuracy - other.rungs[p.rung] for other in done if p.rung in other.rungs]
+            if p.parent in known and gains:
+                accuracy = min(p.accuracy + float(np.median(gains)), known[p.parent].accuracy)
+                children.append((p.move, known[p.parent], p.size, accuracy))
+        unit = region.ceiling - self.base_accuracy
         return Forecast(
             [
-                (self._as_step(p.move, known[p.parent], p.size, region), (region.ceiling - p.accuracy) / unit)
-                for p in done
-                if p.parent in known
+                (self._as_step(move, parent, size, region), (region.ceiling - accuracy) / unit)
+                for move, parent, size, accuracy in children
             ]
         )
 

@@ -18,7 +18,7 @@ from autocompress.agent.study import SearchStudy
 from autocompress.errors import SamplerError
 from autocompress.front import Base, hypervolume
 from autocompress.recipe import Recipe
-from autocompress.trial import TrialResult, TrialSpec
+from autocompress.trial import Rung, TrialResult, TrialSpec
 from tests.agent.conftest import BASE, Outcome, drive, folder_of
 
 
@@ -225,6 +225,25 @@ def test_failing_trials_do_not_stop_the_sampler(profile: Profile, outcome: Outco
         else:
             study.tell(spec.number, outcome(spec))
     assert len(study.complete()) == 16
+
+
+def test_what_is_stopped_teaches_as_well(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
+    """All children of the first parent that is improved on are stopped halfway: others get theirs."""
+    study, stopped, told, unlucky = study_of(tmp_path, profile, "frontier", 24), [], [], None
+    while (spec := study.ask()) is not None:
+        trial, result = study.get(spec.number), outcome(spec)
+        improves = trial.user_attrs["expected_accuracy"] is not None
+        unlucky = spec.parent if improves and unlucky is None else unlucky
+        lost = 0.05 if improves and spec.parent == unlucky else 0.0
+        study.rung(spec.number, Rung(1, 2, result.val_accuracy - 0.01 - lost))
+        if lost:
+            study.prune(spec.number)
+            stopped.append(trial.params)
+        else:
+            study.tell(spec.number, result)
+            told += [improves]
+    assert 1 <= len(stopped) < 6 < sum(told)
+    assert all(one != other for one, other in itertools.combinations(stopped, 2))
 
 
 def test_unknown_samplers_are_named() -> None:
