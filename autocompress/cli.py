@@ -221,7 +221,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the front of a run, or what is inside an .acz file: layers, bits per weight, bytes."""
-    if Path(path).is_file():
+    if _is_artifact(path):
         _show_artifact(Path(path), as_json)
         return
     front = _front(path)
@@ -229,6 +229,11 @@ def show(
         print_json(front.to_json())
     else:
         _print_front(front)
+
+
+def _is_artifact(path: str | Path) -> bool:
+    """A file, or the name of one that is not there: runs are folders."""
+    return Path(path).is_file() or Path(path).suffix == ".acz"
 
 
 def _show_artifact(path: Path, as_json: bool) -> None:
@@ -279,7 +284,7 @@ def plot(
 ) -> None:
     """Draw the front of a run, or where the bytes of an .acz file go."""
     try:
-        if Path(path).is_file():
+        if _is_artifact(path):
             from autocompress import read_artifact
             from autocompress.report.plot import plot_inside
 

@@ -211,6 +211,7 @@ def test_version_and_help() -> None:
         ("search --resume demo --max-size 2KB", "--max-size cannot be given with --resume"),
         ("search --resume dema", "did you mean 'demo'?"),
         ("show nothing", "there is no run 'nothing'"),
+        ("show none.acz", "cannot read 'none.acz': No such file"),
         ("evaluate none.acz", "cannot read 'none.acz': No such file"),
         ("evaluate noise.yaml", "is not an autocompress artifact"),
         ("evaluate cut.acz", "is damaged"),
