@@ -202,7 +202,8 @@ def _blocks(
     droppable = _replaceable(model, {name: Dropped() for name in whole & steady}, run, expected)
     repeatable = _replaceable(model, {name: _Repeated(parts[name]) for name in whole}, run, expected)
     with suppress(Exception), torch.no_grad():  # whatever a task makes of a model that has no attributes of its own
-        repeatable |= {""} if _shapes_of(run(_Repeated(model))) == expected else set()
+        if _shapes_of(run(_Repeated(model))) == expected:
+            repeatable.add("")
     for name, part in parts.items():
         if name and name not in whole:
             continue

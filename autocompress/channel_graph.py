@@ -161,13 +161,15 @@ class ChannelGraph:
 
     def _joined(self, group: Any) -> Any:
         """With those of the layers that share a weight with one of it, if all have their channels in the same order."""
-        every, items = [*range(len(group[0].idxs))], [*group]
+        every, items, inside = [*range(len(group[0].idxs))], [*group], _modules(group)
         for item in items:  # which become more
-            for other in self._tied(item.dep).difference(known.dep.target.module for known in items):
+            for other in [module for module in self._tied(item.dep) if module not in inside]:
                 pruner, looked_up = self._graph.get_pruner_of_module(other), isinstance(other, nn.Embedding)
                 if self._makes(item.dep) or not isinstance(other, (nn.Embedding, nn.Linear)):
                     return group
-                items += self._group(other, pruner.prune_out_channels if looked_up else pruner.prune_in_channels, every)
+                more = self._group(other, pruner.prune_out_channels if looked_up else pruner.prune_in_channels, every)
+                items += more
+                inside |= _modules(more)
         alike = all(item.idxs == item.root_idxs == every for item in items)
         return self._found(items) if alike and len(items) > len(group) else group
 
@@ -203,6 +205,7 @@ class ChannelGraph:
         return isinstance(dep.target.module, (nn.modules.conv._ConvNd, nn.Linear)) and not self._makes(dep)
 
     def _why_not(self, group: Any, name: str) -> str:
+        inside = _modules(group)
         for item in group:
             module = item.dep.target.module
             if type(module).__module__.startswith("torch_pruning"):
@@ -210,7 +213,7 @@ class ChannelGraph:
             if isinstance(module, nn.Parameter):
                 module = self._owner(module)
             through = self.names[id(module)]
-            if not self._tied(item.dep) <= {other.dep.target.module for other in group}:
+            if not inside.issuperset(self._tied(item.dep)):
                 shares = "shares a weight with another layer"
                 return shares if through == name else f"its channels pass through {through}, which {shares}"
             if not resizable(module) or not _has_just(module, item):
@@ -219,15 +222,15 @@ class ChannelGraph:
                 return f"its channels cannot be followed into {through}"
         return ""
 
-    def _tied(self, dep: Any) -> set[nn.Module]:
+    def _tied(self, dep: Any) -> list[nn.Module]:
         """The modules that share a tensor with this member which has these channels, and it itself."""
         module, makes = dep.target.module, self._makes(dep)
-        return {
+        return [
             other
             for places, _ in self._ties
             if module in dict(places) and (makes or getattr(*places[0]).ndim > 1)
             for other, _ in places
-        }
+        ]
 
     def _has(self, item: Any) -> bool:
         """Whether there are such channels: joined and split ones are at times found where there are none."""
@@ -358,7 +361,7 @@ class ChannelGraph:
                 update_attributes(self._owner(dep.target.module))
         for running, idle in self._ties:
             tensors = [getattr(*place) for place in running]
-            if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+            if not all(tensor is tensors[0] or torch.equal(tensor, tensors[0]) for tensor in tensors):
                 raise ValueError("a weight that is shared does not lose the same channels everywhere")
             for module, name in [*running, *idle] if tensors else ():
                 setattr(module, name, tensors[0])
@@ -369,11 +372,16 @@ class ChannelGraph:
 
 def _part_of(group: Any, channels: Collection[int]) -> Any:
     """These channels of the first member, and those of the others that are theirs."""
-    part = Group()
+    part, gone = Group(), {*channels}
     part._DG = group._DG
     for item in group:
-        part.add_dep(item.dep, [i for i, root in zip(item.idxs, item.root_idxs, strict=True) if root in channels])
+        part.add_dep(item.dep, [i for i, root in zip(item.idxs, item.root_idxs, strict=True) if root in gone])
     return part
+
+
+def _modules(group: Any) -> set[Any]:
+    """Of its members."""
+    return {item.dep.target.module for item in group}
 
 
 def _copied(attributes: Mapping[str, Any]) -> dict[str, Any]:

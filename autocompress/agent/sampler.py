@@ -85,12 +85,17 @@ def distributions(space: BoundSpace) -> dict[str, BaseDistribution]:
     return {d.key: CategoricalDistribution(d.choices) for d in space}
 
 
+def _chosen(trial: FrozenTrial, keys: Container[str]) -> dict[str, Choice]:
+    """Of the space, without what a foreign study asks beside it."""
+    return {key: choice for key, choice in trial.params.items() if key in keys}
+
+
 class Point:
     """A finished trial as the sampler sees it."""
 
     def __init__(self, trial: FrozenTrial, keys: Container[str]) -> None:
         self.number = trial.number
-        self.chosen: dict[str, Choice] = {key: choice for key, choice in trial.params.items() if key in keys}
+        self.chosen = _chosen(trial, keys)
         reached = trial.user_attrs.get("reached", {})
         self.reached = self.chosen | {key: choice for key, choice in reached.items() if key in keys}
         """What its weights amount to: a price of bits prunes more than the recipe asks."""
@@ -132,8 +137,14 @@ class Stopped:
         rungs = [name for name in told if name.startswith("rung_")]
         if told.get("parent") is None or told.get("predicted_bytes") is None or not rungs:
             return None
-        chosen = {key: choice for key, choice in trial.params.items() if key in keys}
-        return Stopped(chosen, told["move"], told["parent"], told["predicted_bytes"], rungs[-1], float(told[rungs[-1]]))
+        return Stopped(
+            _chosen(trial, keys),
+            told["move"],
+            told["parent"],
+            told["predicted_bytes"],
+            rungs[-1],
+            float(told[rungs[-1]]),
+        )
 
 
 _TOLD = ("move", "target_bytes", "predicted_bytes", "expected_accuracy", "deviation")
@@ -399,18 +410,22 @@ class FrontierSampler(BaseSampler):
 
     def _forecast(self, done: Sequence[Point], region: Region) -> Forecast:
         known = {p.number: p for p in done}
-        children = [(p.move, known[p.parent], p.size, p.accuracy) for p in done if p.parent in known]
+        children = [(p.number, p.move, known[p.parent], p.size, p.accuracy) for p in done if p.parent in known]
+        gains: dict[str, list[float]] = {}
+        for p in done:
+            for rung, accuracy in p.rungs.items():
+                gains.setdefault(rung, []).append(p.accuracy - accuracy)
         # stopped ones would have gained by the rest of their training what others did
-        for p in self._stopped.values():
-            gains = [other.accuracy - other.rungs[p.rung] for other in done if p.rung in other.rungs]
-            if p.parent in known and gains:
-                accuracy = min(p.accuracy + float(np.median(gains)), known[p.parent].accuracy)
-                children.append((p.move, known[p.parent], p.size, accuracy))
+        gained = {rung: float(np.median(each)) for rung, each in gains.items()}
+        for number, s in self._stopped.items():
+            if s.parent in known and s.rung in gained:
+                parent = known[s.parent]
+                children.append((number, s.move, parent, s.size, min(s.accuracy + gained[s.rung], parent.accuracy)))
         unit = region.ceiling - self.base_accuracy
         return Forecast(
             [
                 (self._as_step(move, parent, size, region), (region.ceiling - accuracy) / unit)
-                for move, parent, size, accuracy in children
+                for _, move, parent, size, accuracy in sorted(children, key=lambda child: child[0])
             ]
         )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ class Narrow(Structure):
             # all judged before any is removed: removal shifts the channels of concatenations
             judged = {group: ranked(importance("l2", graph, group, run), graph.coupled(group))[::-1] for group in inner}
             for group, units in judged.items():
-                stay = units[number % len(units) :: count][: max(1, round(share * len(units)))]
-                graph.remove(group, sorted(channel for unit in units if unit not in stay for channel in unit))
+                kept = units[number % len(units) :: count][: max(1, round(share * len(units)))]
+                graph.remove(group, sorted({*chain(*units)}.difference(*kept)))
             copies.append(twin.get_submodule(name))
         return Stack(copies)
 
