@@ -43,10 +43,11 @@ from rich.table import Table
 
 import autocompress as ac
 from autocompress.agent.acquisition import Region
+from autocompress.agent.candidate import Point
 from autocompress.agent.forecast import Forecast
 from autocompress.agent.preparation import trained
 from autocompress.agent.profile_cache import measured_profile
-from autocompress.agent.sampler import Point, distributions
+from autocompress.agent.sampler import distributions
 from autocompress.agent.samplers import make_sampler
 from autocompress.artifact import load
 from autocompress.chance import chance_accuracy

@@ -91,7 +91,7 @@ class Controller:
             workers = 1 + len(self.study.trials(TrialState.RUNNING))
             self.study.budget = self.study.finished() + self.pace.fits(workers, self.study.seconds())
             if isinstance(self.sampler, FrontierSampler):
-                self.sampler.budget = self.study.budget
+                self.sampler.walk.budget = self.study.budget
 
     # ------------------------------------------------------------ Supply
 

@@ -18,8 +18,9 @@ from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.agent.candidate import ATTRIBUTES
 from autocompress.agent.journal import Journal
-from autocompress.agent.sampler import ATTRIBUTES, FrontierSampler, distributions
+from autocompress.agent.sampler import FrontierSampler, distributions
 from autocompress.errors import RunError
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
