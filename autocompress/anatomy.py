@@ -63,7 +63,7 @@ class Block:
 
     name: "" is the whole model. kind: its class, "" if it is none of torch's. layers: those inside. inner: channel
     groups that no one outside sees. droppable: the model runs without it, however its channels are pruned. repeatable:
-    it says the same again. grouped: it is a convolution of several groups.
+    it gives the same again. grouped: it is a convolution of several groups.
     """
 
     name: str
@@ -234,7 +234,7 @@ class _Repeated(_Wrapped):
         first = self.part(*cloned(args), **cloned(kwargs))
         again = self.part(*args, **kwargs)
         if not close(first, again):
-            raise ValueError("says something else when it runs again")
+            raise ValueError("gives something else when it runs again")
         return again
 
 

@@ -47,7 +47,7 @@ class Attention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: (output, weights or None). is_causal: told by attn_mask, too."""
+        """As `nn.MultiheadAttention.forward`: (output, weights or None). is_causal: what attn_mask has, too."""
         single, turned = query.ndim == 2, query.ndim == 3 and not self.batch_first
         inputs = [x[None] if single else x.transpose(0, 1) if turned else x for x in (query, key, value)]
         layers = (self.q_proj, self.k_proj, self.v_proj)
@@ -67,11 +67,11 @@ class Attention(nn.MultiheadAttention):
         if need_weights:
             scores = scale * q @ k.transpose(-2, -1)
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            said = weights @ v
+            mixed = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            said = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
-        output = self.out_proj(said.transpose(1, 2).flatten(2))
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
         if single:
             return output[0], weights if weights is None else weights[0]
         return output.transpose(0, 1) if turned else output, weights

@@ -113,7 +113,7 @@ class ChannelGraph:
 
     @torch.no_grad()
     def _misses_nothing(self, group: Any, taker: nn.Linear, inputs: list[int]) -> bool:
-        """Whether the model says without the first unit what it says when the taker does not listen to these inputs."""
+        """Whether the model's outputs without the first unit are those it has when the taker ignores these inputs."""
         before, weight = self.snapshot(), taker.weight.detach().clone()
         weight[:, inputs] = 0
         try:

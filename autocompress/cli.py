@@ -192,7 +192,7 @@ def _refuse(context: typer.Context, *names: str) -> None:
 
 
 def _print_asked(front: ParetoFront) -> None:
-    """The file that the search was for, if it was told a size or an accuracy."""
+    """The file that the search was for, if it was given a size or an accuracy."""
     from autocompress.agent.run_config import read_config
 
     _, settings = read_config(front.folder)

@@ -41,7 +41,7 @@ class Exported:
 def export(path: str | Path, task: Task | str, output: str | Path) -> Exported:
     """Write the model of a `.acz` file to `output`, and measure what was written on both held-out splits.
 
-    output: its ending tells the format, `.pt2` (`torch.export`) or `.onnx` (with the packages of `autocompress[onnx]`).
+    output: its ending is the format, `.pt2` (`torch.export`) or `.onnx` (with the packages of `autocompress[onnx]`).
     What is written takes batches of any length that the model takes.
 
     Raises ArtifactError when the file cannot be read or does not fit the task's model, ExportError for another ending,

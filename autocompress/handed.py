@@ -1,7 +1,7 @@
-"""Weights that a module of any class multiplies by, as one run of it tells.
+"""Weights that a module of any class multiplies by, found by watching one run of it.
 
 Whatever a module does with a weight: if it hands it, as it is, the other way round or slice by slice (the experts of a
-mixture), to one of torch's linear operations, it is a matrix, and the operation tells its rows.
+mixture), to one of torch's linear operations, it is a matrix, whose rows the operation is given.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ class _View(NamedTuple):
 
 class _Use(NamedTuple):
     """Of a weight, in one operation. order: its dimensions, of groups, then of outputs, then of `inputs` inputs. rows,
-    said: float [groups, rows, inputs] and [groups, rows, outputs], of the slice or of all."""
+    outputs: float [groups, rows, inputs] and [groups, rows, outputs], of the slice or of all."""
 
     slice: int | None
     order: tuple[int, ...]
     inputs: int
     rows: Tensor
-    said: Tensor
+    outputs: Tensor
     bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Product(Matrix):
-    """Of a run that is over. parts: rows and what is said of them, slice by slice."""
+    """Of a run that is over. parts: rows and their outputs, slice by slice."""
 
     order: tuple[int, ...]
     inputs: int
@@ -96,9 +96,9 @@ class _Product(Matrix):
         first, parts = uses[0], list[tuple[Tensor, Tensor]]()
         for at in [None] if first.slice is None else range(len(weight)):
             alike = [use for use in uses if use.slice == at]
-            pairs = [(use.rows, use.said) for use in alike] or [(first.rows[:, :0], first.said[:, :0])]
-            rows, said = zip(*pairs, strict=True)
-            parts.append((torch.cat(rows, 1), torch.cat(said, 1)))
+            pairs = [(use.rows, use.outputs) for use in alike] or [(first.rows[:, :0], first.outputs[:, :0])]
+            rows, outputs = zip(*pairs, strict=True)
+            parts.append((torch.cat(rows, 1), torch.cat(outputs, 1)))
         added = first.bias if all(use.bias is first.bias for use in uses) else None
         known = any(added is parameter for parameter in own)
         return cls(first.order, first.inputs, parts, added if known else None, first.slice is not None)
@@ -106,8 +106,8 @@ class _Product(Matrix):
     def rows(self, call: Call) -> list[Tensor]:
         return [rows for rows, _ in self.parts]
 
-    def says(self, call: Call) -> list[Tensor]:
-        return [said for _, said in self.parts]
+    def outputs(self, call: Call) -> list[Tensor]:
+        return [outputs for _, outputs in self.parts]
 
     def bias(self, module: Any) -> Tensor | None:
         return self.added
@@ -225,8 +225,8 @@ def _convolution(kind: Any) -> Callable[..., Iterator[_Use]]:
             named = {**named, **dict(zip(names, settings, strict=False))}
             conv = kind(w.shape[1] * named.get("groups", 1), len(w), w.shape[2:], device="meta", **named)
             call, matrix = Call(conv, (input,), {}, output), ConvolutionMatrix()
-            (rows,), (said,) = matrix.rows(call), matrix.says(call)
-            yield _Use(None, tuple(range(w.ndim)), w.ndim - 1, rows, said, bias)
+            (rows,), (outputs,) = matrix.rows(call), matrix.outputs(call)
+            yield _Use(None, tuple(range(w.ndim)), w.ndim - 1, rows, outputs, bias)
 
     return uses
 

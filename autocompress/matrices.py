@@ -1,4 +1,4 @@
-"""The weights of a model as matrices, by the modules whose runs tell of them.
+"""The weights of a model as matrices, by the modules that run them.
 
 Linear layers and convolutions; what computes with its weights itself: `nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells;
 and modules of any other class, as `Handed` finds.
@@ -23,8 +23,8 @@ from autocompress.nested import leaves, map_leaves
 
 
 def matrices(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[nn.Module, Weight]]:
-    """(module, attribute) of each weight that is one, as far as can be told before it runs -> (the module whose runs
-    tell, what it is)."""
+    """(module, attribute) of each weight that is one, as far as is known before it runs -> (the module that runs
+    it, what it is)."""
     out: dict[tuple[nn.Module, str], tuple[nn.Module, Weight]] = {}
     for module in model.modules():
         for (owner, attribute), matrix in _of(module):
@@ -65,7 +65,7 @@ def runs_as(module: Any, *kinds: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Cell(Matrix):
-    """Of one step. part: it multiplies what the cell is given ("ih") or what it said one step before ("hh")."""
+    """Of one step. part: it multiplies what the cell is given ("ih") or its output one step before ("hh")."""
 
     part: str
 
@@ -78,7 +78,7 @@ class _Cell(Matrix):
         before = torch.zeros_like(next(leaves(call.output))) if start is None else next(leaves(start))
         return [flat(x if self.part == "ih" else before)]
 
-    def says(self, call: Call) -> list[Tensor]:
+    def outputs(self, call: Call) -> list[Tensor]:
         weight = getattr(call.module, f"weight_{self.name}")
         return [linear(x, weight, self.bias(call.module)) for x in self.rows(call)]
 
@@ -101,18 +101,18 @@ class _Recurrent(_Cell):
     def rows(self, call: Call) -> list[Tensor]:
         rnn, (x, start) = call.module, _sequence(*call.args, **call.kwargs)
         for layer in range(self.layer):
-            x = _said(rnn, layer, x, start)
+            x = _output(rnn, layer, x, start)
         if self.part == "ih":
             return [flat(x.data)]
-        steps = _steps(rnn, _said(rnn, self.layer, x, start), self.reverse)
+        steps = _steps(rnn, _output(rnn, self.layer, x, start), self.reverse)
         first = torch.zeros_like(steps[0])
         if start is not None:
             first = next(leaves(start))[_layers(rnn, self.layer)][int(self.reverse)].reshape(first.shape)
             if isinstance(x, PackedSequence) and x.sorted_indices is not None:
                 first = first[x.sorted_indices]
         before = [*steps[1:], first[:0]] if self.reverse else [first, *steps[:-1]]
-        said = [(b[: len(s)], first[len(b) : len(s)]) for b, s in zip(before, steps, strict=True)]
-        return [flat(torch.cat([part for parts in said for part in parts]))]
+        states = [(b[: len(s)], first[len(b) : len(s)]) for b, s in zip(before, steps, strict=True)]
+        return [flat(torch.cat([part for parts in states for part in parts]))]
 
 
 def _layers(rnn: Any, layer: int) -> slice:
@@ -121,19 +121,19 @@ def _layers(rnn: Any, layer: int) -> slice:
     return slice(layer * directions, (layer + 1) * directions)
 
 
-def _said(rnn: Any, layer: int, x: Any, start: Any) -> Any:
-    """What one layer says of its inputs, a tensor or a `PackedSequence`."""
+def _output(rnn: Any, layer: int, x: Any, start: Any) -> Any:
+    """Of one layer, a tensor or a `PackedSequence`."""
     alone, here = copy.copy(rnn), _layers(rnn, layer)
     weights = [getattr(rnn, name) for names in rnn._all_weights[here] for name in names]
     vars(alone).update(num_layers=1, input_size=x.data.shape[-1], _flat_weights=weights)
     return type(rnn).forward(alone, x, map_leaves(start, lambda state: None if state is None else state[here]))[0]
 
 
-def _steps(rnn: Any, said: Any, reverse: bool) -> Sequence[Tensor]:
+def _steps(rnn: Any, output: Any, reverse: bool) -> Sequence[Tensor]:
     """[sequences, hidden] of every step, of one direction; sequences that have ended are the last."""
-    values: Tensor = said.data.chunk(1 + rnn.bidirectional, -1)[reverse]
-    if isinstance(said, PackedSequence):
-        return torch.split(values, said.batch_sizes.tolist())
+    values: Tensor = output.data.chunk(1 + rnn.bidirectional, -1)[reverse]
+    if isinstance(output, PackedSequence):
+        return torch.split(values, output.batch_sizes.tolist())
     return values[:, None].unbind(0) if values.ndim == 2 else values.unbind(1 if rnn.batch_first else 0)
 
 

@@ -1,4 +1,4 @@
-"""A weight as a matrix: the rows that it multiplies when the model runs, and what it says of them.
+"""A weight as a matrix: the rows that it multiplies when the model runs, and the outputs that come of them.
 
 Linear layers, and convolutions of any dimension and number of groups, whose rows are their windows (im2col, Chellapilla
 et al., 2006).
@@ -35,13 +35,13 @@ class Weight(ABC):
 
     @abstractmethod
     def seen(self, call: Call) -> tuple[Matrix, Call] | None:
-        """What it is in a run of its module, and the run as that can tell of it. None if it is no matrix."""
+        """The matrix that it is in a run of its module, and the run to ask it about. None if it is no matrix."""
 
 
 class Matrix(Weight):
     """A weight [outputs, ...] that falls into groups of equally many outputs; each group multiplies rows of its own.
 
-    Rows, and what is said of them, come as one tensor or more, each for the next groups that see equally many rows:
+    Rows and their outputs come as one tensor or more, each for the next groups that see equally many rows:
     float [groups, rows, inputs] and [groups, rows, outputs of a group].
     """
 
@@ -55,11 +55,11 @@ class Matrix(Weight):
     def rows(self, call: Call) -> list[Tensor]: ...
 
     @abstractmethod
-    def says(self, call: Call) -> list[Tensor]: ...
+    def outputs(self, call: Call) -> list[Tensor]: ...
 
     @abstractmethod
     def bias(self, module: Any) -> Tensor | None:
-        """[outputs], what is added to what the matrix says; itself, not a copy."""
+        """[outputs], what is added to the outputs of the matrix; itself, not a copy."""
 
     def grouped(self, weight: Tensor, groups: int) -> Tensor:
         """[groups, outputs of a group, inputs]."""
@@ -74,7 +74,7 @@ class LinearMatrix(Matrix):
     def rows(self, call: Call) -> list[Tensor]:
         return [flat(input_of(*call.args, **call.kwargs))]
 
-    def says(self, call: Call) -> list[Tensor]:
+    def outputs(self, call: Call) -> list[Tensor]:
         return [flat(call.output)]
 
     def bias(self, module: Any) -> Tensor | None:
@@ -89,7 +89,7 @@ class ConvolutionMatrix(LinearMatrix):
         x = pad(x, conv._reversed_padding_repeated_twice, mode)
         return [_by_group(conv, _windows(x, conv.kernel_size, conv.dilation, conv.stride))]
 
-    def says(self, call: Call) -> list[Tensor]:
+    def outputs(self, call: Call) -> list[Tensor]:
         return [_by_group(call.module, _batched(call.module, call.output))]
 
 

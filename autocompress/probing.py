@@ -38,7 +38,7 @@ SAMPLE = 4096
 MANY_PROBES = 1000
 """Beyond so many choices to try, alike layers are probed together."""
 _RUINED = 1e6
-"""The distance of a model that says nothing."""
+"""The distance of a model whose outputs are no numbers."""
 _FEW = 16
 _RECIPE_BYTES = 6.0
 """Bytes that the recipe and the step of a layer take in the header."""
@@ -88,7 +88,7 @@ class Prober:
     ) -> dict[str, dict[str, float]]:
         """Rise of the distance by each wanted choice alone: "site:dimension" -> str(choice) -> rise.
 
-        progress: told about ten times which share is done.
+        progress: called about ten times with the share that is done.
         """
         candidate.materialise()
         replay = Replay(candidate.model, lambda: self.can_replay and self._run(candidate.model, self._few[0]))
@@ -111,7 +111,7 @@ class Prober:
         return out
 
     def _tried(self, candidate: Candidate, replay: Replay, site: str, dimension: str, choice: Choice) -> float:
-        """The distance with one more choice; that of a model that says nothing where it cannot be had."""
+        """The distance with one more choice; that of a ruined model where it does not run."""
         try:
             return self._distance_with(candidate, replay, site, dimension, choice)
         except Exception as error:  # whatever a model's own code makes of it: it is one choice of many

@@ -51,7 +51,7 @@ def reaches(
 def _ends(
     probe: _Probe, among: Collection[nn.Module], wanted: Collection[nn.Module]
 ) -> dict[nn.Linear, tuple[nn.Linear, ...]]:
-    """The layer that takes what a wanted one says -> all whose it takes, if these are `among` and no other takes it."""
+    """Layer that takes outputs of a wanted one -> all whose it takes, if all are `among` and no other takes them."""
     out: dict[nn.Linear, tuple[nn.Linear, ...]] = {}
     left = [layer for layer in probe.layers if layer in wanted]
     while left:
@@ -66,36 +66,36 @@ def _ends(
 
 
 class _Probe:
-    """The model, each of whose linear layers that run once says random numbers, always the same, whatever it is given.
+    """The model, each of whose linear layers that run once outputs random numbers, always the same, whatever its input.
     layers: these, in the order in which they run."""
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
         self._model, self._run = model, run
-        self._said: dict[nn.Linear, Tensor] = {}
-        self._given: dict[nn.Linear, Tensor] = {}
+        self._outputs: dict[nn.Linear, Tensor] = {}
+        self._inputs: dict[nn.Linear, Tensor] = {}
         runs: list[nn.Linear] = []
 
         def listen(module: nn.Linear, args: Any, output: Tensor) -> None:
             runs.append(module)
-            self._said[module] = output
+            self._outputs[module] = output
 
         with torch.no_grad(), forward_hooks((m, listen) for m in model.modules() if isinstance(m, nn.Linear)):
             run(model)
         self.layers = [layer for layer, count in Counter(runs).items() if count == 1]
-        self._said = {layer: torch.randn_like(self._said[layer]).requires_grad_() for layer in self.layers}
+        self._outputs = {layer: torch.randn_like(self._outputs[layer]).requires_grad_() for layer in self.layers}
         self._again()
-        self._first = dict(self._given)
+        self._first = dict(self._inputs)
 
-    def _say(self, layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self._given[layer] = args[0]
-        return self._said[layer] * 1.0  # which what follows may change in place
+    def _substitute(self, layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self._inputs[layer] = args[0]
+        return self._outputs[layer] * 1.0  # which what follows may change in place
 
     def _again(self) -> None:
-        with forward_hooks((layer, self._say) for layer in self.layers):
+        with forward_hooks((layer, self._substitute) for layer in self.layers):
             self._run(self._model)
 
     def takers(self, makers: Sequence[nn.Linear]) -> list[nn.Linear]:
-        """The layers that are given something else when these say something else."""
+        """The layers whose inputs change when the outputs of these do."""
         changed = self.forth({maker: {*range(maker.out_features)} for maker in makers})
         return [taker for taker, channels in changed.items() if channels]
 
@@ -110,22 +110,22 @@ class _Probe:
         for taker, channels in inputs.items():
             places = wanted[taker][..., sorted(channels)]
             wanted[taker][..., sorted(channels)] = torch.randn_like(places)
-        given, said = [self._first[taker] for taker in wanted], [*self._said.values()]
-        found = torch.autograd.grad(given, said, [*wanted.values()], retain_graph=True, allow_unused=True)
-        gradients = zip(self._said, found, strict=True)
+        taken, made = [self._first[taker] for taker in wanted], [*self._outputs.values()]
+        found = torch.autograd.grad(taken, made, [*wanted.values()], retain_graph=True, allow_unused=True)
+        gradients = zip(self._outputs, found, strict=True)
         return {layer: set() if gradient is None else _channels(gradient != 0) for layer, gradient in gradients}
 
     @torch.no_grad()
     def forth(self, outputs: Mapping[nn.Linear, set[int]]) -> dict[nn.Linear, set[int]]:
         """Layer -> its input channels that these outputs of others reach."""
-        said = dict(self._said)
+        before = dict(self._outputs)
         for maker, channels in outputs.items():
-            self._said[maker] = said[maker].clone()
-            places = self._said[maker][..., sorted(channels)]
-            self._said[maker][..., sorted(channels)] = torch.randn_like(places)
+            self._outputs[maker] = before[maker].clone()
+            places = self._outputs[maker][..., sorted(channels)]
+            self._outputs[maker][..., sorted(channels)] = torch.randn_like(places)
         self._again()
-        self._said = said
-        return {layer: _channels(given != self._first[layer]) for layer, given in self._given.items()}
+        self._outputs = before
+        return {layer: _channels(given != self._first[layer]) for layer, given in self._inputs.items()}
 
 
 def _channels(changed: Tensor) -> set[int]:

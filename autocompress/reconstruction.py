@@ -1,12 +1,12 @@
-"""Post-training compression: what fine-tuning would make good for, layer by layer and in closed form.
+"""Post-training compression: what fine-tuning would repair, layer by layer and in closed form.
 
 Layers are taken in the order in which they run, each with the inputs that the layers before it give by now. Its
-weights are moved to where it says what the original's said (least squares, He et al., ICCV 2017), so each layer makes
-good for the errors of those before. Those go that are smallest times the norm of their input (Wanda, Sun et al., ICLR
-2024) and times what their output is worth (its curvature, as in Martens and Grosse, ICML 2015, but tempered), and what
-stays of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded.
-Biases make good for what is left of the mean (Nagel et al., ICCV 2019), and batch norms see to it that each channel has
-the mean and the variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
+weights are moved to where its outputs are the original's (least squares, He et al., ICCV 2017), so each layer makes up
+for the errors of those before. Those go that are smallest times the norm of their input (Wanda, Sun et al., ICLR 2024)
+and times what their output is worth (its curvature, as in Martens and Grosse, ICML 2015, but tempered), and what stays
+of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded. Biases make up for
+what is left of the mean (Nagel et al., ICCV 2019), and batch norms see to it that each channel has the mean and the
+variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
 
 A layer that runs more than once is fitted to all of its runs. Weights of an embedding go that are smallest times the
 root of how often their row is looked up, and what stays is rounded to the nearest; one that is the matrix of an output,
@@ -41,9 +41,9 @@ _WIDEST = 8192
 _ROUNDS, _OUTPUTS = 20, 4096
 """Of conjugate gradients, and outputs at a time."""
 _LOOKUPS = 1_000_000
-"""By which it is told how often the rows of an embedding are used."""
+"""By which it is counted how often the rows of an embedding are used."""
 _BATCHES, _BATCH = 32, 6
-"""By which the curvature is told: batches, and samples in each."""
+"""By which the curvature is estimated: batches, and samples in each."""
 _FLOOR = 0.3
 """Of the mean curvature, added to that of each output: errors that are no longer small are heard, too."""
 _UNSEEN = 0.3
@@ -57,7 +57,7 @@ _TABLES = nn.Embedding, nn.EmbeddingBag
 
 
 class _Part(NamedTuple):
-    """A layer or a batch norm, by the module whose runs tell of it. matrix: None for an embedding or a norm. place: the
+    """A layer or a batch norm, by the module that runs it. matrix: None for an embedding or a norm. place: the
     module that ends, or the weight that is used, when it is its turn."""
 
     module: nn.Module
@@ -79,7 +79,7 @@ class _Fit(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(candidate: Candidate, samples: Samples) -> None:
-    """Prune and round the weights of `candidate`, in place, so that its layers say what those of the original say."""
+    """Prune and round the weights of `candidate`, in place, so that its layers' outputs are those of the original's."""
     views, targets = Views(samples, candidate.model), candidate.targets()
     order = views.in_order()
     known = _parts(candidate, order)
@@ -137,7 +137,7 @@ def _fit(
     weight: Weight, views: Iterator[tuple[Call, Call | None]], lacks: bool = True
 ) -> tuple[Matrix, Tensor | None, _Fit] | None:
     """With the matrix that it is, and its bias. None if the layer does not run any more, is given nothing, has too many
-    inputs, or turns out to be no matrix. lacks: whether it may say something else than the original's."""
+    inputs, or turns out to be no matrix. lacks: whether its outputs may differ from the original's."""
     sums: list[list[Tensor]] = []
     origins: list[tuple[Tensor, Tensor]] = []
     for seen, like in views:
@@ -145,10 +145,10 @@ def _fit(
         if own is None:
             return None
         matrix, call = own
-        said, bias = matrix.says(call), matrix.bias(call.module)
+        outputs, bias = matrix.outputs(call), matrix.bias(call.module)
         others = None if like is None or matrix.routed else weight.seen(like)
-        wanted = others[0].says(others[1]) if others else said
-        pairs = [*zip(matrix.rows(call), said, wanted, strict=True)]
+        wanted = others[0].outputs(others[1]) if others else outputs
+        pairs = [*zip(matrix.rows(call), outputs, wanted, strict=True)]
         if any(x.shape[2] > _WIDEST for x, _, _ in pairs):
             return None
         rows = [(x.double(), (z - y).double() if lacks else y[:, :, :0].double()) for x, y, z in pairs]
@@ -174,7 +174,7 @@ def _fit(
     x, y = (torch.cat(each)[:, 0] for each in zip(*origins, strict=True))
     lack = lack + y
     if not lacks:
-        pull, lack = (each.new_zeros(*each.shape[:-1], said[0].shape[2]) for each in (pull, lack))
+        pull, lack = (each.new_zeros(*each.shape[:-1], outputs[0].shape[2]) for each in (pull, lack))
     return matrix, bias, _Fit(count, hessian, pull, input + x, lack)
 
 

@@ -1,10 +1,9 @@
 """Running a model once more from where it has changed.
 
-Of a model in which one layer is changed, every module that had ended before that layer began says what it said. Of
-these outputs those are kept that the rest of the model looks at, which one run under watch tells; they are handed back
-instead of being computed again, and nothing of what led to them is computed. Where the rest of the model computes with
-an output, but nothing with what comes of that (as between layers of which the model itself takes the ReLU), only its
-shape is kept.
+Of a model in which one layer is changed, every module that had ended before that layer began gives the same outputs.
+Those that the rest of the model looks at, found by watching one run, are kept and handed back instead of being computed
+again, and nothing of what led to them is computed. Where the rest of the model computes with an output, but nothing
+with what comes of that (as between layers of which the model itself takes the ReLU), only its shape is kept.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class _Call:
         return cls(module, ended, within, _places(output), empty)
 
 
-class _Said(NamedTuple):
+class _Output(NamedTuple):
     """Of a module, of one batch. whole: with its numbers, and not only its shape."""
 
     output: Any
@@ -103,7 +102,7 @@ class Replay:
                 self._events.append(_Call.of(*event))
         self._ended = {event.module: event.ended for event in self._events if isinstance(event, _Call)}
         self._parents = {child: module for module in model.modules() for child in module.children()}
-        self._said: dict[tuple[nn.Module, Hashable], _Said] = {}
+        self._outputs: dict[tuple[nn.Module, Hashable], _Output] = {}
 
     @contextmanager
     def since(self, changed: Collection[nn.Module], batch: Hashable) -> Iterator[None]:
@@ -111,47 +110,47 @@ class Replay:
         are kept under that name."""
         start = min((self.start(module) for module in changed), default=0)
         ended = {module for module, at in self._ended.items() if at < start}
-        runs, says = set[nn.Module](), dict[nn.Module, _Said]()
-        keeps = {call.module: tells for call, tells in self._looked_at(ended, set()) if tells is not None}
-        for call, tells in self._looked_at(ended, runs):
-            said = _Said(call.stand_in, whole=False) if tells is None else self._said.get((call.module, batch))
-            if said is None or (tells and not said.whole):
+        runs, reused = set[nn.Module](), dict[nn.Module, _Output]()
+        keeps = {call.module: needed for call, needed in self._looked_at(ended, set()) if needed is not None}
+        for call, needed in self._looked_at(ended, runs):
+            known = _Output(call.stand_in, whole=False) if needed is None else self._outputs.get((call.module, batch))
+            if known is None or (needed and not known.whole):
                 runs.add(call.module)
             else:
-                says[call.module] = said
+                reused[call.module] = known
 
         def kept(module: nn.Module, forward: Forward) -> Forward:
             def call(*args: Any, **kwargs: Any) -> Any:
-                if module in says:
-                    output, whole = says[module]
+                if module in reused:
+                    output, whole = reused[module]
                     return cloned(output) if whole else map_leaves(output, _filled)
                 output, whole = forward(*args, **kwargs), keeps[module]
-                self._said[module, batch] = _Said(cloned(output) if whole else map_leaves(output, _hollow), whole)
+                self._outputs[module, batch] = _Output(cloned(output) if whole else map_leaves(output, _hollow), whole)
                 return output
 
             return call
 
         try:
-            with _instead(says.keys() | (runs & keeps.keys()), kept):
+            with _instead(reused.keys() | (runs & keeps.keys()), kept):
                 yield
         finally:
-            self._said = {key: said for key, said in self._said.items() if key[0] in keeps or key[1] != batch}
-            while sum(map(_bytes, self._said.values())) > KEPT_BYTES:
-                del self._said[max(self._said, key=lambda key: _bytes(self._said[key]))]
+            self._outputs = {key: known for key, known in self._outputs.items() if key[0] in keeps or key[1] != batch}
+            while sum(map(_bytes, self._outputs.values())) > KEPT_BYTES:
+                del self._outputs[max(self._outputs, key=lambda key: _bytes(self._outputs[key]))]
 
     def _looked_at(self, ended: Set[nn.Module], runs: Set[nn.Module]) -> Iterator[tuple[_Call, bool | None]]:
-        """The calls of modules that had `ended`, the last first, and whether the numbers that they gave tell; None if
-        nobody so much as computes with them. runs: those that run all the same, with what is within."""
+        """The calls of modules that had `ended`, the last first, and whether their numbers are needed; None if not even
+        their shapes are. runs: those that run all the same, with what is within."""
         wanted, touched = set(self._gives), set[int]()
         for event in self._events:
             if not runs >= event.within & ended:
                 continue
             if isinstance(event, _Operation):
-                tells = not event.makes or not wanted.isdisjoint(event.makes)
-                (wanted if tells else touched).update(event.reads)
+                needed = not event.makes or not wanted.isdisjoint(event.makes)
+                (wanted if needed else touched).update(event.reads)
             elif event.module in ended:
-                tells = not wanted.isdisjoint(event.gives)
-                yield event, tells if tells or not touched.isdisjoint(event.gives) else None
+                needed = not wanted.isdisjoint(event.gives)
+                yield event, needed if needed or not touched.isdisjoint(event.gives) else None
 
     def start(self, module: nn.Module) -> int:
         """When it began or, where its parent computes with its weights, that."""
@@ -162,19 +161,19 @@ class Replay:
 
 
 def can_replay(model: nn.Module, batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]) -> bool:
-    """Whether all that modules of `model` tell each other is in their outputs: run from any that has weights, it says
-    the same. batches: more than one, so that what is left behind by one is found by another. run: of the model and a
+    """Whether modules of `model` hand each other nothing but their outputs: run from any that has weights, it gives the
+    same. batches: more than one, so that what is left behind by one is found by another. run: of the model and a
     batch, gives its output."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return False  # it does not call the forward of its parts
     try:
-        return _says_the_same(model, batches, run)
-    except Exception:  # whatever a model does where it is watched, or told less than it looks at
+        return _runs_the_same(model, batches, run)
+    except Exception:  # whatever a model does where it is watched, or given less than it looks at
         return False
 
 
 @torch.no_grad()
-def _says_the_same(model: nn.Module, batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]) -> bool:
+def _runs_the_same(model: nn.Module, batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]) -> bool:
     replay, plain = Replay(model, partial(run, model, batches[0])), [run(model, batch) for batch in batches]
     changed = sorted({module for places in owners(model).values() for module, _ in places}, key=replay.start)
     for module, at in itertools.product([*changed, *changed[-1:]], range(len(batches))):
@@ -208,8 +207,8 @@ def _is_plain(output: Any) -> bool:
     return all(leaf is None or (isinstance(leaf, Tensor) and leaf.layout == torch.strided) for leaf in leaves(output))
 
 
-def _bytes(said: _Said) -> int:
-    return sum(leaf.untyped_storage().nbytes() for leaf in leaves(said.output) if leaf is not None)
+def _bytes(known: _Output) -> int:
+    return sum(leaf.untyped_storage().nbytes() for leaf in leaves(known.output) if leaf is not None)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def search(
     (docs/tasks.md). run: name (under `runs/`) or path of the run folder; a new one by default. workers: trials at a
     time; by default one per CPU core, or per GPU. max_size: "20KB", "1.5MiB" or bytes, and min_accuracy:
     validation accuracy; both focus the search. address: of a Ray cluster to run trials on, "auto" or "host:port", whose
-    nodes share the run folder; by default a private Ray on this machine. listener: is told after every step; by
+    nodes share the run folder; by default a private Ray on this machine. listener: is called after every step; by
     default a view on stderr, or nothing if `quiet`. The same seed with one worker and a budget in trials gives the same
     front on the same kind of processor.
 

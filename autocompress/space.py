@@ -21,7 +21,7 @@ FOLDERS = (_HERE / "search_spaces", _HERE.parent / "search_spaces")
 
 
 class Dimension(Protocol):
-    """What a dimension of the space must tell; techniques say it (see `techniques/base.py`)."""
+    """What a dimension of the space must provide; techniques do (see `techniques/base.py`)."""
 
     @property
     def name(self) -> str: ...
@@ -204,7 +204,7 @@ class SearchSpace:
                     if pattern != "*" and not any(_DIMENSIONS[name].fits(choice, site, anatomy) for site in matching):
                         raise SpaceError(
                             f"space {self.name!r}: {name} {choice!r} cannot be applied to anything that matches "
-                            f"{pattern!r}; 'autocompress techniques' tells what it is not for"
+                            f"{pattern!r}; 'autocompress techniques' lists what it is not for"
                         )
         for name, dimension in _DIMENSIONS.items():
             for site in dimension.sites(anatomy):

@@ -85,7 +85,7 @@ def resizable(layer: nn.Module) -> bool:
         depthwise = layer.groups == layer.in_channels == layer.out_channels
         return depthwise and not isinstance(layer, _TRANSPOSED)
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not layer.elementwise_affine:
-        return False  # no tensor of it would tell
+        return False  # no tensor of it shows its size
     torchs = {kind.__module__ for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.")}
     return isinstance(layer, tuple(kind for kind, _ in _RESIZE)) or torchs <= _NO_LAYERS
 

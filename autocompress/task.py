@@ -58,7 +58,7 @@ class Task:
         once and keeps the weights in the run folder; `evaluate` never does.
     epochs, learning_rate: length and peak rate (AdamW, one cycle) of the fine-tuning of one trial; a search finds by
         itself which multiple of the rate suits heavy compression (docs/search.md). No epochs: layers are fitted to
-        what the original's say, in closed form (`reconstruction.py`).
+        the outputs of the original's, in closed form (`reconstruction.py`).
     """
 
     model: nn.Module | Callable[[], nn.Module]

@@ -161,7 +161,7 @@ def _loss(
 
 @torch.no_grad()
 def try_autocast(run: Calibration, model: nn.Module, autocast: AbstractContextManager[Any]) -> None:
-    """A forward pass as those of fine-tuning, and its loss; raises whatever an operation says of such numbers."""
+    """A forward pass as those of fine-tuning, and its loss; raises what an operation raises on such numbers."""
     with autocast:
         output, target = run.run(model)
     run.task.loss(_float(output), target)
@@ -239,7 +239,7 @@ def _decoded(shadow: ShadowedLayer, codes: Tensor) -> Tensor:
 
 def _curvature(task: Task, candidate: Candidate) -> dict[str, Tensor]:
     """Diagonal of the empirical Fisher information of each layer, float32, half of it its layer's mean:
-    few samples tell a mean well and a single weight badly."""
+    few samples estimate a mean well and a single weight badly."""
     sums = {name: torch.zeros_like(shadow.dense) for name, shadow in candidate.layers.items()}
     count = 0
     for batch in itertools.islice(task.batches("train"), _CURVATURE_BATCHES):

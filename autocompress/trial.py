@@ -55,7 +55,7 @@ ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
     "metrics.json",
 )
 _CALIBRATION, _CLASSES, _MOST_WORTH = 192, 32, 24
-"""Samples on which choices are probed. One of many targets, such as a text that is foretold word by word, counts once
+"""Samples on which choices are probed. One of many targets, such as a text that is predicted word by word, counts once
 for every so many of them, and so often at most."""
 _PROBED = ("weights", "sparsity", "channels", "structure")
 """Dimensions of bytes, whose next heavier choices are probed after a trial."""
@@ -67,7 +67,7 @@ _FAR = 0.003
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What a worker is told: which candidate, from whose weights, for how long."""
+    """What a worker runs: which candidate, from whose weights, for how long."""
 
     number: int
     recipe: dict[str, dict[str, Choice]]
@@ -191,8 +191,8 @@ class Workshop:
     ) -> dict[str, Any]:
         """Effects and bytes of every single choice on the original model, as plain data.
 
-        progress: told now and then which share of the choices has been tried. probes: if there are more choices, the
-        effects of some are concluded from others.
+        progress: called now and then with the share of the choices that has been tried. probes: if there are more
+        choices, the effects of some are concluded from others.
         """
         return self.joined_profile([self.profile_part(0, 1, progress, probes)])
 
@@ -286,9 +286,9 @@ class Workshop:
         try:
             with rewound():
                 try_autocast(self.calibration, model, technique.autocast(choice, self.device))
-        except Exception as error:  # whatever an operation of the model's, or its loss, says of other numbers
-            name, said = technique.name, in_words(error)
-            logging.getLogger("autocompress").warning("%s %s is left out: it does not train: %s", name, choice, said)
+        except Exception as error:  # an operation of the model's, or its loss, may not take such numbers
+            name, reason = technique.name, in_words(error)
+            logging.getLogger("autocompress").warning("%s %s is left out: it does not train: %s", name, choice, reason)
             return False
         return True
 

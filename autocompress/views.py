@@ -1,4 +1,4 @@
-"""What the modules of a candidate, and of the original, see and say on training batches."""
+"""Inputs and outputs of modules, of a candidate and of the original, on training batches."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Samples:
 
 
 class Views:
-    """What modules of a candidate and of the original see and say."""
+    """Inputs and outputs of modules, of a candidate and of the original."""
 
     def __init__(self, samples: Samples, model: nn.Module) -> None:
         self.samples, self.model = samples, model

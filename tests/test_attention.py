@@ -44,8 +44,8 @@ def test_it_says_what_torchs_says(settings: dict[str, Any], single: bool) -> Non
     paddings = [x if x is None or not single else x[0] for x in (None, padded, torch.randn(samples, 6))]
     for mask, padding, weights, mean in itertools.product(masks, paddings, (True, False), (True, False)):
         asked: dict[str, Any] = {"attn_mask": mask, "need_weights": weights, "average_attn_weights": mean}
-        said, expected = (m(*inputs, key_padding_mask=padding, **asked) for m in (made, module))
-        torch.testing.assert_close(said, expected)
+        output, expected = (m(*inputs, key_padding_mask=padding, **asked) for m in (made, module))
+        torch.testing.assert_close(output, expected)
 
 
 @torch.no_grad()
@@ -53,8 +53,8 @@ def test_it_drops_as_much_in_training() -> None:
     module = torchs(dropout=0.4, batch_first=True).train()
     made, x = Attention(module), torch.randn(512, 4, 12)
     for weights in (True, False):
-        said, expected = (float(m(x, x, x, need_weights=weights)[0].var(0).mean()) for m in (made, module))
-        assert said == pytest.approx(expected, rel=0.1)
+        output, expected = (float(m(x, x, x, need_weights=weights)[0].var(0).mean()) for m in (made, module))
+        assert output == pytest.approx(expected, rel=0.1)
         assert not torch.equal(made(x, x, x)[0], made(x, x, x)[0])
 
 
@@ -95,8 +95,8 @@ class Translator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        said: Tensor = self.head(self.decoder(x, self.encoder(x), mask, tgt_is_causal=True).mean(1))
-        return said
+        output: Tensor = self.head(self.decoder(x, self.encoder(x), mask, tgt_is_causal=True).mean(1))
+        return output
 
 
 def test_width_and_heads_of_torchs_transformer_are_pruned(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights as matrices: what a layer says is its matrix times its rows."""
+"""Weights as matrices: the outputs of a layer are its matrix times its rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autocompress.matrix import MOST_ROWS, Call, Matrix, Weight
 
 
 def calls_of(model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Call:
-    """What `module` was given and said when `model` ran."""
+    """Inputs and outputs of `module` when `model` ran."""
     calls: list[Call] = []
     handle = module.register_forward_hook(lambda *call: calls.append(Call(*call)), with_kwargs=True)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def seen(weight: Weight, call: Call) -> tuple[Matrix, Call]:
 
 
 def products(call: Call, matrix: Matrix, weight: Tensor) -> list[Tensor]:
-    """What the matrix says, by its rows: group by group, one output after the other."""
+    """The outputs of the matrix, by its rows: group by group, one output after the other."""
     rows, bias = matrix.rows(call), matrix.bias(call.module)
     weights = matrix.grouped(weight, sum(map(len, rows)))
     assert torch.equal(matrix.restored(weights, weight.shape), weight)
@@ -71,10 +71,10 @@ def test_a_layer_is_its_matrix_times_its_rows(layer: Any, batched: bool) -> None
     ((module, weight),) = matrices(layer).values()
     assert module is layer
     matrix, call = seen(weight, call)
-    said = [group for part in matrix.says(call) for group in part]
-    torch.testing.assert_close(products(call, matrix, layer.weight), said)
+    outputs = [group for part in matrix.outputs(call) for group in part]
+    torch.testing.assert_close(products(call, matrix, layer.weight), outputs)
     every = call.output if isinstance(layer, nn.Linear) else call.output.movedim(-layer.weight.ndim + 1, -1)
-    torch.testing.assert_close(torch.cat(said, 1).view(every.shape), every)
+    torch.testing.assert_close(torch.cat(outputs, 1).view(every.shape), every)
 
 
 def test_of_many_windows_some_are_drawn() -> None:
@@ -82,11 +82,11 @@ def test_of_many_windows_some_are_drawn() -> None:
     call = calls_of(layer, layer, torch.randn(10, 3, 52, 52))
     ((_, weight),) = matrices(layer).values()
     matrix, call = seen(weight, call)
-    (said,) = matrix.says(call)[0]
-    assert said.shape == (MOST_ROWS, 4)
-    torch.testing.assert_close(products(call, matrix, layer.weight), [said])
+    (outputs,) = matrix.outputs(call)[0]
+    assert outputs.shape == (MOST_ROWS, 4)
+    torch.testing.assert_close(products(call, matrix, layer.weight), [outputs])
     rest = call.output.movedim(1, -1).reshape(-1, 4).double()
-    torch.testing.assert_close(said.double().mean(0), rest.mean(0), rtol=0.1, atol=0.02)
+    torch.testing.assert_close(outputs.double().mean(0), rest.mean(0), rtol=0.1, atol=0.02)
 
 
 def by_cells(rnn: Any, layer: int, suffix: str, sequences: list[Tensor], starts: list[Tensor]) -> list[list[Tensor]]:
@@ -130,11 +130,11 @@ def test_recurrent_layers_multiply_what_they_are_given_and_what_they_said_a_step
             after = []
             for at, way in enumerate(ways):
                 starts = torch.zeros(3, 1, 6) if h is None else h[layer * len(ways) + at][:, None]
-                before, said = by_cells(rnn, layer, way, sequences, list(starts))
-                after.append(said)
+                before, outputs = by_cells(rnn, layer, way, sequences, list(starts))
+                after.append(outputs)
                 for part, expected in (("ih", sequences), ("hh", before)):
                     matrix, weight = known[f"weight_{part}_l{layer}{way}"], getattr(rnn, f"weight_{part}_l{layer}{way}")
-                    torch.testing.assert_close(products(call, matrix, weight), [matrix.says(call)[0][0]])
+                    torch.testing.assert_close(products(call, matrix, weight), [matrix.outputs(call)[0][0]])
                     (rows,), wanted = matrix.rows(call)[0], torch.cat(expected)
                     assert rows.shape == wanted.shape
                     torch.testing.assert_close(rows.T @ rows, wanted.T @ wanted)  # in any order
@@ -155,7 +155,7 @@ def test_cells_are_matrices_that_multiply_what_they_are_given_and_their_state(
         matrix, call = seen(matrices(cell)[cell, f"weight_{name}"][1], call)
         expected = torch.atleast_2d(value) @ weight.T + bias
         torch.testing.assert_close(products(call, matrix, weight), [expected])
-        torch.testing.assert_close(matrix.says(call), [expected[None]])
+        torch.testing.assert_close(matrix.outputs(call), [expected[None]])
 
 
 class Same(nn.Conv2d):
@@ -245,20 +245,22 @@ def test_forwards_that_hand_their_weight_on_are_matrices(kind: str) -> None:
     assert module is layer
     with torch.no_grad():
         matrix, call = seen(weight, calls_of(layer, layer, x))
-        said = [group for part in matrix.says(call) for group in part]
-        for a, b in zip(products(call, matrix, getattr(*place)), said, strict=True):
+        outputs = [group for part in matrix.outputs(call) for group in part]
+        for a, b in zip(products(call, matrix, getattr(*place)), outputs, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
         if isinstance(layer, nn.Conv2d):
-            outputs = torch.stack(said).movedim(1, 2).flatten(0, 1)
-            assert torch.allclose(outputs, layer(x).movedim(1, 0).flatten(1), atol=1e-5)
+            every = torch.stack(outputs).movedim(1, 2).flatten(0, 1)
+            assert torch.allclose(every, layer(x).movedim(1, 0).flatten(1), atol=1e-5)
         elif isinstance(layer, Gated):
-            assert torch.allclose(torch.sigmoid(said[0]), layer(x)[0].flatten(0, 1), atol=1e-5)
+            assert torch.allclose(torch.sigmoid(outputs[0]), layer(x)[0].flatten(0, 1), atol=1e-5)
         else:
             beside = layer.bias if kind == "@ and a bias" else 0
             every = layer(x)
             if "experts" in kind:
                 every = every.reshape(-1, *every.shape[-3:]).transpose(0, 1).flatten(1, 2)
-            assert torch.allclose(torch.stack(said) + beside, every.reshape(len(said), -1, every.shape[-1]), atol=1e-5)
+            assert torch.allclose(
+                torch.stack(outputs) + beside, every.reshape(len(outputs), -1, every.shape[-1]), atol=1e-5
+            )
     assert (matrix.bias(call.module) is None) == (
         kind not in ("same", "depthwise", "its own class", "addmm", "linear, the other way round")
     )
@@ -311,10 +313,10 @@ def test_products_of_any_form(layer: nn.Module, shape: tuple[int, ...], groups: 
     with torch.no_grad():
         call = calls_of(layer, layer, torch.randn(shape))
         matrix, call = seen(weight, call)
-        said = [group for part in matrix.says(call) for group in part]
-        assert len(said) == groups
-        torch.testing.assert_close(products(call, matrix, layer.weight), said, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat(said).flatten().sort().values, call.output.flatten().sort().values)
+        outputs = [group for part in matrix.outputs(call) for group in part]
+        assert len(outputs) == groups
+        torch.testing.assert_close(products(call, matrix, layer.weight), outputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(outputs).flatten().sort().values, call.output.flatten().sort().values)
 
 
 def test_what_a_weight_says_more_than_once_is_taken_together() -> None:
@@ -354,6 +356,6 @@ def test_experts_are_given_rows_of_their_own(way: str) -> None:
     with torch.no_grad():
         matrix, call = seen(matrices(layer)[layer, "weight"][1], calls_of(layer, layer, x))
         torch.testing.assert_close([*matrix.rows(call)], [x[None, x[:, 0] > 0], x[None, x[:, 0] <= 0], x[None, :0]])
-        said = [group for part in matrix.says(call) for group in part]
-        torch.testing.assert_close(products(call, matrix, layer.weight), said, rtol=1e-4, atol=1e-5)
+        outputs = [group for part in matrix.outputs(call) for group in part]
+        torch.testing.assert_close(products(call, matrix, layer.weight), outputs, rtol=1e-4, atol=1e-5)
     assert matrix.routed

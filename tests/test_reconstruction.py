@@ -1,4 +1,4 @@
-"""Compression without training: layers say what the original's say."""
+"""Compression without training: layers' outputs are those of the original's."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_inputs_far_from_zero_are_no_worse(tmp_path: Path) -> None:
     for shift in (0.0, 100_000.0):
         fitted = candidate_of(one_layer(tmp_path, layer, x + shift), {"sparsity": 0.5}).model[0]
         moved = fitted.weight.double() - layer.weight.double()
-        said = (x + shift).double() @ moved.T + fitted.bias.double() - layer.bias.double()
-        off.append(said.square().mean().item())
+        outputs = (x + shift).double() @ moved.T + fitted.bias.double() - layer.bias.double()
+        off.append(outputs.square().mean().item())
     assert off[1] < 1.2 * off[0]
 
 
@@ -528,8 +528,8 @@ def test_layers_that_others_compute_with_are_fitted(tmp_path: Path) -> None:
     for layer in ("into", "proj"):
         assert not torch.equal(getattr(fitted[1], layer).weight, getattr(rounded[1], layer).weight), layer
     with torch.no_grad():
-        said = [part[:2](batches[2][0]) for part in (model, fitted, rounded)]
-    assert (said[1] - said[0]).norm() < 0.75 * (said[2] - said[0]).norm()
+        outputs = [part[:2](batches[2][0]) for part in (model, fitted, rounded)]
+    assert (outputs[1] - outputs[0]).norm() < 0.75 * (outputs[2] - outputs[0]).norm()
 
 
 def test_a_trial_without_training_keeps_most_of_what_rounding_loses(tmp_path: Path) -> None:

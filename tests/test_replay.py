@@ -154,8 +154,8 @@ def test_only_the_shape_is_kept_of_what_is_computed_with_for_nothing() -> None:
             assert same(run(model, x), plain)
         assert [layer.ran - ran for layer, ran in zip(model.children(), before, strict=True)] == expected
         whole = {model.second} if changed is model.last else {model.first}
-        assert {module for (module, _), said in again._said.items() if said.whole} == whole
-        assert sum(replay._bytes(said) for said in again._said.values() if not said.whole) <= 4
+        assert {module for (module, _), known in again._outputs.items() if known.whole} == whole
+        assert sum(replay._bytes(known) for known in again._outputs.values() if not known.whole) <= 4
 
 
 class Both(nn.Module):
@@ -185,7 +185,7 @@ def test_no_more_is_kept_than_is_allowed_and_the_largest_goes(
     with suppress(KeyError), again.since([model.head], 0):
         run(model, x)
         raise KeyError  # the rest need not be run
-    assert {module for module, _ in again._said} <= ({model.small} if large > 1 else {model.large, model.small})
+    assert {module for module, _ in again._outputs} <= ({model.small} if large > 1 else {model.large, model.small})
 
 
 def test_outputs_are_kept_as_long_as_someone_looks_at_them() -> None:
@@ -210,4 +210,4 @@ def test_outputs_are_kept_as_long_as_someone_looks_at_them() -> None:
             assert same(run(model, x), plain)
         before = {"chain.3": model.chain[2], "chain.4": model.chain[3], "head": model.chain}
         name = next(name for name, m in model.named_modules() if m is module)
-        assert {module for module, _ in again._said} == {model.into, before[name]}
+        assert {module for module, _ in again._outputs} == {model.into, before[name]}

@@ -1,6 +1,6 @@
-"""What a child will be: learned from the parents and children so far.
+"""What a child will be, predicted from the parents and children so far.
 
-A proxy that is measured without training cannot tell what fine-tuning makes good for; the pairs of a search can.
+A proxy that is measured without training does not know what fine-tuning repairs; the pairs of a search do.
 Bayesian linear regression with a conjugate prior (Gelman et al., 2013, chapter 14): how much more or less a child
 lacks in accuracy than its parent, on the step that was taken. The prior is what is believed before the first pair.
 Children of one parent have part of what they are off by in common.

@@ -39,8 +39,8 @@ class Moves:
         self._training = {key: d for key, d in self.dimensions.items() if d.name in trainings()}
         self._permanent = {key: structures()[d.name] for key, d in self.dimensions.items() if is_permanent(d.name)}
         rebuilding = [key for key, d in self.dimensions.items() if rebuilds(d.name)]
-        # fine-tuning makes good for a pruned part more than for a rebuilt one, and what is rebuilt does not come
-        # back: where there are other ways to fewer bytes it is not planned, but tried, one part at a time
+        # fine-tuning repairs a pruned part better than a rebuilt one, and what is rebuilt does not come back: where
+        # there are other ways to fewer bytes it is not planned, but tried, one part at a time
         self.tried = rebuilding if any(d.name in _PLANNED for d in profile.space) else []
         self._ratios: dict[int, float] = {}
         self._bytes_forecast: tuple[int, BytesForecast] | None = None

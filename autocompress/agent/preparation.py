@@ -1,4 +1,4 @@
-"""What a search stands on: the original and what it is worth, the profile, and the Ray that its trials will run on."""
+"""What is there before the first trial: the original and its accuracy, the profile, the Ray that trials will run on."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _FEW_PROBES, _OF_TRIALS = 400, 0.1
 
 @dataclass(frozen=True)
 class Progress:
-    """What a listener is told: after every step of a search."""
+    """What a listener is called with, after every step of a search."""
 
     phase: str
     folder: Path

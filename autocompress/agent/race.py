@@ -1,6 +1,6 @@
 """Which learning rate suits heavy compression: one recipe, trained from the original at several of them.
 
-A single step down from a parent hardly tells, a heavy recipe without ancestors does: at half the task's own rate, at
+A single step down from a parent hardly shows it, a heavy recipe without ancestors does: at half the task's own rate, at
 that, at twice and at four times of it, such a recipe had an accuracy of 0.959, 0.964, 0.969 and 0.974 on one task, of
 0.91, 0.92, 0.87 and 0.80 on another. The guess is one choice above the task's own rate; a budget that is too small for
 a race keeps to it, and the race climbs from there, one choice at a time, while it pays. Of many workers, who have no

@@ -1,4 +1,4 @@
-"""What a run has found: the front, as it stands and at the end, and the weights that are worth keeping."""
+"""What a run has found: the front, as it stands and at the end, and the weights that are still needed."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Walk:
         return first * math.exp(_RACED * math.log(last / first))
 
     def depth(self, size_bytes: float) -> float:
-        """How far down the walk a file is, in logarithms of bytes: 0 at its first step, 1 at the raced recipe and below."""
+        """How far down the walk a file is, in logarithms of bytes: 0 at the first step, 1 from the raced recipe on."""
         first, raced = self.ends()[0], self.raced_bytes()
         share = math.log(first / size_bytes) / math.log(first / raced) if raced < first else 0.0
         return min(max(share, 0.0), 1.0)

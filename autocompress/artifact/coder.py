@@ -10,14 +10,14 @@ arithmetic coder writes the bit. The contexts know
   that reads an image;
 - a linear prediction from four neighbours whose coefficients are learned on the way (normalised least
   mean squares, Widrow and Hoff, 1960);
-- factors: trained matrices are near ones of low rank, so a code is also foretold by the product of two vectors of
+- factors: trained matrices are near ones of low rank, so a code is also predicted by the product of two vectors of
   32, one of its row and one of its column, learned on the way (online matrix factorisation, as Oja, 1982, and
   Koren et al., 2009); the linear prediction weighs it as a fifth neighbour;
 - the mean of the column and of the row, with sign; the place within the kernel.
 
 No tables are stored, so a tensor of 500 weights costs little more than its information. All arithmetic
 is on integers: every machine decodes the same values. Encoder and decoder are one function, `_code`, so
-they cannot drift apart. docs/format.md tells why numba compiles it. What is compiled stays in
+they cannot drift apart. docs/format.md explains why numba compiles it. What is compiled stays in
 one file: numba's cache follows the file of a function, and does not see changes in another that it calls.
 """
 

@@ -24,7 +24,7 @@ _LONGEST = 512
 
 
 class Walk(NamedTuple):
-    """transposed: the second dimension first. scan: what the coder is told of the matrix that comes of it."""
+    """transposed: the second dimension first. scan: how the coder walks the matrix that comes of it."""
 
     transposed: bool = False
     scan: Scan = Scan()

@@ -1,4 +1,4 @@
-"""The `.acz` file: parse and write, without a model. The format is told in docs/format.md.
+"""The `.acz` file: parse and write, without a model. The format is described in docs/format.md.
 
     magic "\\x89ACZ" | version u8 | CRC-32 of the rest u32 | header length varint | entropy-coded stream
 
@@ -158,7 +158,7 @@ def _header(values: dict[str, Tensor], kinds: list[int], coded: list[Coded], rec
 
 
 class _Guess:
-    """Foretells the dimensions of tensors from those before: most of a header's dimensions are no news.
+    """Predicts the dimensions of tensors from those before: most of a header's dimensions are no news.
 
     A first dimension is that of the tensor before; a second one the first of the last tensor of two
     dimensions or more; a later one that of the last tensor that has it.

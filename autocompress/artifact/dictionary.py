@@ -1,4 +1,4 @@
-"""What headers of files tend to say: the text model learns it before it codes. Part of the format."""
+"""What headers of files tend to contain: the text model learns it before it codes. Part of the format."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def plans(weights: Weights, recipe: Recipe) -> dict[str, Plan]:
 def pack(weights: Weights, recipe: Recipe) -> bytes:
     """The bytes of the artifact; `unpack` gives back exactly what the techniques simulate.
 
-    Of the recipe the file holds what decoding needs; formats, zeros and shapes are told by the tensors.
+    Of the recipe the file holds what decoding needs; formats, zeros and shapes are in the tensors.
     """
     needed = {name for name, structure in structures().items() if structure.restores}
     return encode_artifact(plans(weights, recipe), recipe.only(needed))

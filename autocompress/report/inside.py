@@ -66,7 +66,7 @@ def _layer(artifact: Artifact, name: str, tensor: StoredTensor) -> Part:
 
 
 def _zeros(tensor: StoredTensor) -> float:
-    """Share of its values, 0 to 1. A constant is one value in memory, whatever its shape says."""
+    """Share of its values, 0 to 1. A constant is one value in memory, whatever its shape."""
     values = tensor.value.flatten()[:1] if tensor.choice == "constant" else tensor.value
     return 1 - int(values.count_nonzero()) / max(values.numel(), 1)
 
@@ -105,7 +105,7 @@ def differences(one: Artifact, other: Artifact) -> Iterator[tuple[Part | None, P
 
 
 def difference_table(one: Artifact, other: Artifact, names: tuple[str, str]) -> Table:
-    """Each part in `one` and, below it, in `other`; what is the same in both is said once."""
+    """Each part in `one` and, below it, in `other`; what is the same in both appears once."""
     table = Table(title=f"{names[0]}\n{names[1]}", title_justify="left", show_lines=True)
     for name in ("layer", "shape", "stored as", "zeros", "bytes", "change"):
         numbers = name in ("zeros", "bytes", "change")

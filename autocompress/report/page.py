@@ -23,7 +23,7 @@ from autocompress.report.trials import read_trials
 from autocompress.sizes import format_size
 
 _CLOSE = 0.01
-"""Share of the original's skill that a file may lose and still be told of as close to it."""
+"""Share of the original's skill that a file may lose and still be called close to it."""
 _COLUMNS = 12
 """Files of the front, spread over it, whose bytes are shown layer by layer: each has to be decoded."""
 
@@ -79,7 +79,7 @@ def _shade(found: list[Part]) -> Callable[[Part], str]:
 
 
 def _tell(part: Part) -> str:
-    """What a pointer that rests on it is told."""
+    """What is shown when a pointer rests on it."""
     if not part.shape:
         return part.stored_as
     how = ", ".join(filter(None, (part.stored_as, part.also)))

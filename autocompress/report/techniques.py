@@ -28,7 +28,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """In the order in which they are applied. Every technique tells itself in the docstring of its file."""
+    """In the order in which they are applied. Every technique is documented by the docstring of its file."""
     out = []
     for name in package.names():
         module = sys.modules[f"{package.__name__}.{name}"]

@@ -1,4 +1,4 @@
-"""The trials of a run, as its folder tells of them."""
+"""The trials of a run, as its folder records them."""
 
 from __future__ import annotations
 

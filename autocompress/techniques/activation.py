@@ -40,7 +40,7 @@ _OFFERS: dict[str, tuple[re.Pattern[str], Callable[[str], nn.Module]]] = {}
 def offer(example: str, pattern: str, make: Callable[[str], nn.Module]) -> None:
     """Offer the choices that match `pattern`; `make(choice)` builds the module, not yet fitted.
 
-    example: how people are told of it, like `piecewise-8`. `make` raises ValueError for numbers that
+    example: how people read of it, like `piecewise-8`. `make` raises ValueError for numbers that
     make no sense.
     """
     _OFFERS[example] = (re.compile(pattern), make)

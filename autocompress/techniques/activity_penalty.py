@@ -2,7 +2,7 @@
 
 `l1-0.01`: 0.01 times the mean magnitude, summed over the activations (Georgiadis, CVPR 2019); `l2-0.01`: the
 mean square. How sparse the activations have become is measured for every trial (`activation_sparsity` in its
-metrics) and told by `autocompress evaluate`.
+metrics) and printed by `autocompress evaluate`.
 
 Not for models without activation modules: there it has nothing to price.
 """

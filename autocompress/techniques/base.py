@@ -6,7 +6,7 @@ candidate is fine-tuned, and how its result is stored and read back. The four ki
 which a recipe is applied:
 
 - `StructureTechnique` changes the model once, before fine-tuning (channels, activation, activation
-  bits). What tensors alone do not tell is stored as the choice and `restore`d on load.
+  bits). What tensors alone do not show is stored as the choice and `restore`d on load.
 - `Masking` and `Coding` act on weight tensors. While fine-tuning, the weight that the model sees is
   `coding(masking(w))`, differentiable in `w` and in the learned parameters (straight-through
   estimator, Bengio et al., 2013). The file stores `Coding.encode` of the same function's result, so
@@ -76,7 +76,7 @@ class Technique(_Unrestricted, ABC):
         """Choices to show to people, the default first."""
 
     def file_of(self, example: Choice) -> str:
-        """Name of the module that offers this choice: its docstring tells of it."""
+        """Name of the module that offers this choice: its docstring documents it."""
         return type(self).__module__
 
     @abstractmethod
@@ -91,8 +91,8 @@ class Technique(_Unrestricted, ABC):
 class StructureTechnique(Technique):
     """Changes the model itself, before fine-tuning.
 
-    restores: whether a file must tell the choice, so that `restore` can bring back what tensors alone
-    do not tell. permanent: what it took away does not come back while a candidate is trained on as
+    restores: whether a file must store the choice, so that `restore` can bring back what tensors alone
+    do not show. permanent: what it took away does not come back while a candidate is trained on as
     another: the other's choice must follow from its own.
     """
 
@@ -168,7 +168,7 @@ class Coding(Technique):
         """How many learned parameters P a tensor of this shape has; 0 for formats that need none."""
 
     def stored(self, choice: Choice, shape: tuple[int, ...]) -> int:
-        """How many of these the file stores; the codes tell the rest."""
+        """How many of these the file stores; the codes hold the rest."""
         return self.parameters(choice, shape)
 
     @abstractmethod

@@ -71,7 +71,7 @@ class Channels(StructureTechnique):
         return model
 
     def restore(self, model: nn.Module, chosen: Mapping[str, Choice]) -> nn.Module:
-        """Nothing to do: the shapes of the stored tensors tell all."""
+        """Nothing to do: the shapes of the stored tensors show all."""
         return model
 
     def follows(self, before: Choice, after: Choice) -> bool:

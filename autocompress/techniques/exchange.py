@@ -1,6 +1,6 @@
 """Exchange of sparsity between layers, at equal bytes, while fine-tuning.
 
-`magnitude`: whenever masks are drawn, all pruned layers compete with one threshold and the recipe says only how
+`magnitude`: whenever masks are drawn, all pruned layers compete with one threshold and the recipe sets only how
 many bits they have together (dynamic sparse reparameterisation, Mostafa and Wang, ICML 2019). Weights are
 compared by their layer-adaptive score (Lee et al., LAMP, ICLR 2021) per bit, so that layers of other scale
 and of other bit width are alike. Bits are those of a weight before entropy coding.

@@ -1,6 +1,6 @@
 """How channels of different groups compete: each group for itself, or all with one another.
 
-`local`: every group loses the share that its own choice says. `global`: the choices only say how many weights go
+`local`: every group loses the share that its own choice asks for. `global`: the choices only say how many weights go
 in all; they are taken where a channel's importance, relative to the mean of its group, is least for its weights
 (one global ranking of normalised criteria, Molchanov et al., CVPR 2019).
 

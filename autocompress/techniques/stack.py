@@ -8,7 +8,7 @@ its networks has that share of its singular directions and bends between them, b
 2015) that begins as the identity.
 
 Not for blocks without channels of their own or where the networks would have as many weights, grouped and transposed
-convolutions, modules that do not make one tensor of one, and those that say something else when they run again
+convolutions, modules that do not make one tensor of one, and those that give something else when they run again
 (as they do with a cache).
 """
 

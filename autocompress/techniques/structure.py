@@ -26,7 +26,7 @@ _KEEP = "keep"
 
 
 class Structure(ABC):
-    """One way to rebuild a module. pattern: of its choices. example: how people are told of it."""
+    """One way to rebuild a module. pattern: of its choices. example: how people read of it."""
 
     pattern: ClassVar[str]
     example: ClassVar[str]
