@@ -1,8 +1,8 @@
 """A character model on tiny Shakespeare, read from the folder `AUTOCOMPRESS_DATA`.
 
-`--task benchmarks.language:shakespeare`: a transformer of 1.8 million parameters that foretells each next character of
+`--task benchmarks.language:shakespeare`: a transformer of 1.8 million parameters that predicts each next character of
 128; the first nine tenths of the text train, the next twentieth validates. Accuracy is the share of characters that
-are foretold.
+are predicted.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def foretold(logits: Tensor, target: Tensor) -> float:
+def predicted(logits: Tensor, target: Tensor) -> float:
     return (logits.argmax(-1) == target).double().mean().item()
 
 
@@ -116,7 +116,7 @@ def shakespeare() -> Task:
         val=windows(val, 128, 2),
         test=windows(test, 128, 3),
         loss=loss,
-        metric=foretold,
+        metric=predicted,
         pretrain=_pretrain,
         epochs=3,
         name="shakespeare",

@@ -2,10 +2,10 @@
 
     python -m benchmarks.scaling [--task digits] [--trials 1000]
 
-Trials are not run but foretold, by regression trees (extremely randomised, Geurts et al., 2006) over those that
+Trials are not run but predicted, by regression trees (extremely randomised, Geurts et al., 2006) over those that
 `benchmarks.search` recorded: what a trial's accuracy lacks, its bytes over the profile's prediction, its seconds;
 from its recipe and from its parent. The sampler is the real one, asked whenever one of 1, 8, 64 or 512 workers is free;
-what the foretelling is worth on trials it has not seen is printed first. Writes benchmarks/results/scaling.json.
+how well they predict trials that they have not seen is printed first. Writes benchmarks/results/scaling.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ABOVE = 0.003
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a trial, recorded or foretold. accuracy: on the validation split."""
+    """Of a trial, recorded or predicted. accuracy: on the validation split."""
 
     size_bytes: float
     accuracy: float
@@ -70,9 +70,9 @@ class Simulator:
         self._trees = ExtraTreesRegressor(100, min_samples_leaf=2, random_state=0, n_jobs=1).fit(self._x, self._y)
 
     def explained(self) -> list[float]:
-        """Share of the variance of (what lacks, bytes, seconds), as logarithms, that is foretold of unseen trials."""
-        foretold = cross_val_predict(self._trees, self._x, self._y, cv=5)
-        return [float(1 - r) for r in (self._y - foretold).var(0) / self._y.var(0)]
+        """Share of the variance of (what lacks, bytes, seconds), as logarithms, that is predicted of unseen trials."""
+        predicted = cross_val_predict(self._trees, self._x, self._y, cv=5)
+        return [float(1 - r) for r in (self._y - predicted).var(0) / self._y.var(0)]
 
     def _decode(self, chosen: str) -> dict[str, Choice]:
         return {d.key: d.choices[DIGITS.index(c)] for d, c in zip(self.profile.space, chosen, strict=True)}
@@ -154,7 +154,7 @@ def main() -> None:
     simulator = Simulator(profile, runs)
     explained = simulator.explained()
     trials = sum(len(run["trials"]) for run in runs)
-    out.print(f"from {trials} recorded trials; share of variance foretold of unseen ones: ", end="")
+    out.print(f"from {trials} recorded trials; share of variance predicted of unseen ones: ", end="")
     out.print(", ".join(f"{n} {e:.2f}" for n, e in zip(("accuracy", "bytes", "seconds"), explained, strict=True)))
     worst = worst_accuracy(simulator.base)
     results: dict[str, Any] = {"task": given.task, "recorded_trials": trials, "explained": explained, "workers": {}}

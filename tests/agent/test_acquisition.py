@@ -33,8 +33,8 @@ def test_it_is_the_mean_gain_of_drawn_outcomes(
         hypervolume([*front, (size, REGION.ceiling - lacks)], REGION.largest_bytes, REGION.least_accuracy) - before
         for lacks in np.exp(drawn)
     ]
-    foretold = of_one(front, REGION, size, mean, deviation)
-    assert foretold == pytest.approx(np.mean(gains), abs=4 * np.std(gains) / 4000**0.5 + 1e-4)
+    predicted = of_one(front, REGION, size, mean, deviation)
+    assert predicted == pytest.approx(np.mean(gains), abs=4 * np.std(gains) / 4000**0.5 + 1e-4)
 
 
 def test_a_file_that_is_smaller_than_asked_for_earns_no_more() -> None:

@@ -372,14 +372,14 @@ class Header:
         ranks = [self.varint() for _ in range(count)]
         shapes: list[list[int]] = [[] for _ in ranks]
         for place in range(max(ranks, default=0)):
-            foretold = 0
+            predicted = 0
             for shape, rank in zip(shapes, ranks, strict=True):
                 if place < rank:
                     number = self.varint()
-                    shape.append(number - 1 if number else foretold)
-                    foretold = shape[place] if place != 1 else foretold
+                    shape.append(number - 1 if number else predicted)
+                    predicted = shape[place] if place != 1 else predicted
                 if place == 1 and rank > 1:
-                    foretold = shape[0]
+                    predicted = shape[0]
         return shapes
 
 

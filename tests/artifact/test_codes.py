@@ -83,7 +83,7 @@ def test_a_matrix_is_turned_when_that_is_cheaper() -> None:
     assert abs(len(written(codes.T.copy(), 4)) - len(written(codes, 4))) < 8
 
 
-def test_a_matrix_of_low_rank_is_foretold() -> None:
+def test_a_matrix_of_low_rank_is_predicted() -> None:
     rng = np.random.default_rng(0)
     independent = rng.normal(size=(200, 120))
     low_rank = rng.normal(size=(200, 4)) @ rng.normal(size=(4, 120)) / 2
