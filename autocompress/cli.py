@@ -384,8 +384,7 @@ def inspect(
     space: Annotated[str, typer.Option(help="Search space to bind to the model.")] = "default",
 ) -> None:
     """Show what can be compressed: layers, channel groups, dimensions, the size of the joint space."""
-    import torch
-
+    from autocompress.report.inspection import inspection_tables
     from autocompress.space import BoundSpace, SearchSpace
     from autocompress.task import check_task, load_task
     from autocompress.trial import Workshop
@@ -396,46 +395,13 @@ def inspect(
     check_task(given, model)
     anatomy = Workshop(given, model, BoundSpace(()), Path(), 0).anatomy
     bound = rules.bind(anatomy)
-    layers = Table(title=f"{task}: {len(anatomy.layers)} layers", title_justify="left")
-    for name in ("layer", "kind", "shape", "weights", "channel groups"):
-        layers.add_column(name, justify="right" if name == "weights" else "left", overflow="fold")
-    for layer in anatomy.layers:
-        shape = " x ".join(map(str, layer.shape))
-        layers.add_row(
-            layer.name,
-            layer.kind,
-            shape,
-            f"{layer.numel:,}",
-            ", ".join(dict(layer.groups)),
-        )
-    out.print(layers)
-    groups = Table(
-        title=f"{len(anatomy.groups)} groups of channels that are removed together",
-        title_justify="left",
-    )
-    for name in ("group", "channels", "reaches"):
-        groups.add_column(name, justify="right" if name == "channels" else "left", overflow="fold")
-    for group in anatomy.groups:
-        groups.add_row(group.name, str(group.channels), ", ".join(group.members))
-    out.print(groups)
-    dimensions = Table(title=f"space {rules.name!r}: {len(bound)} dimensions", title_justify="left")
-    for name in ("dimension", "choices", "sites"):
-        dimensions.add_column(name, overflow="fold")
-    merged: dict[tuple[str, str], list[str]] = {}
-    for d in bound:
-        merged.setdefault((d.name, ", ".join(map(str, d.choices))), []).append(d.site)
-    every = {
-        tuple(group.name for group in anatomy.groups): "every group of channels",
-        tuple(layer.name for layer in anatomy.layers): "every layer",
-    }
-    for (name, choices), sites in merged.items():
-        dimensions.add_row(name, choices, every.get(tuple(sites)) or ", ".join(sites))
-    out.print(dimensions)
+    for table in inspection_tables(task, anatomy, rules.name, bound):
+        out.print(table)
     if anatomy.left_alone:
         out.print("left alone:")
         for site, reason in anatomy.left_alone.items():
             out.print(f"  {site}: {reason}", highlight=False, soft_wrap=True)
-    parameters = sum(p.numel() for p in model.parameters() if isinstance(p, torch.nn.Parameter))
+    parameters = sum(p.numel() for p in model.parameters())
     out.print(
         f"{parameters:,} parameters; joint space of about 10^{bound.log10_size:.1f} recipes",
         highlight=False,
