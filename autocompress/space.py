@@ -189,38 +189,44 @@ class SearchSpace:
     def bind(self, anatomy: Anatomy) -> BoundSpace:
         """The joint space of one model. Raises SpaceError for a pattern that matches nothing, and for a choice that
         cannot be applied to anything that its pattern matches; under `*` such choices are left out."""
-        bound: list[BoundDimension] = []
-        everything = {site for dimension in _DIMENSIONS.values() for site in dimension.sites(anatomy)} - {MODEL}
-        for pattern, named in self.rules:
-            for name in named:
-                sites = [s for s in _DIMENSIONS[name].sites(anatomy) if s != MODEL]
-                if not any(fnmatchcase(site, pattern) for site in sites) and pattern != "*":
-                    raise SpaceError(
-                        f"space {self.name!r}: pattern {pattern!r} matches no layer with dimension {name!r}"
-                        f"{near_misses(pattern, sites or everything)}"
-                    )
-                matching = [site for site in sites if fnmatchcase(site, pattern)]
-                for choice in named[name]:
-                    if pattern != "*" and not any(_DIMENSIONS[name].fits(choice, site, anatomy) for site in matching):
-                        raise SpaceError(
-                            f"space {self.name!r}: {name} {choice!r} cannot be applied to anything that matches "
-                            f"{pattern!r}; 'autocompress techniques' lists what it is not for"
-                        )
+        self._check(anatomy)
+        bound = []
         for name, dimension in _DIMENSIONS.items():
             for site in dimension.sites(anatomy):
-                choices: tuple[Choice, ...] = ()
-                if site == MODEL:
-                    choices = self.training.get(name, ())
-                for pattern, named in self.rules:
-                    if site != MODEL and name in named and fnmatchcase(site, pattern):
-                        choices = named[name]
-                choices = tuple(c for c in choices if dimension.available(c) and dimension.fits(c, site, anatomy))
+                asked = self._asked(site, name)
+                choices = tuple(c for c in asked if dimension.available(c) and dimension.fits(c, site, anatomy))
                 choices = tuple(c for c in choices if dimension.pays(c)) or choices
                 if choices and choices != (dimension.default,):
                     bound.append(BoundDimension(site, name, choices, dimension.default))
         if not bound:
             raise SpaceError(f"space {self.name!r} offers nothing for this model: it has no layer that it can compress")
         return BoundSpace(tuple(bound))
+
+    def _asked(self, site: str, name: str) -> tuple[Choice, ...]:
+        """The choices of one dimension at one site: those of the last rule that has some."""
+        if site == MODEL:
+            return self.training.get(name, ())
+        found = [named[name] for pattern, named in self.rules if name in named and fnmatchcase(site, pattern)]
+        return found[-1] if found else ()
+
+    def _check(self, anatomy: Anatomy) -> None:
+        """Raises SpaceError for a rule that does nothing, unless it is for all."""
+        sites_of = {name: [s for s in d.sites(anatomy) if s != MODEL] for name, d in _DIMENSIONS.items()}
+        everything = {site for sites in sites_of.values() for site in sites}
+        rules = [(pattern, *rule) for pattern, named in self.rules for rule in named.items() if pattern != "*"]
+        for pattern, name, choices in rules:
+            matching = [site for site in sites_of[name] if fnmatchcase(site, pattern)]
+            if not matching:
+                raise SpaceError(
+                    f"space {self.name!r}: pattern {pattern!r} matches no layer with dimension {name!r}"
+                    f"{near_misses(pattern, sites_of[name] or everything)}"
+                )
+            for choice in choices:
+                if not any(_DIMENSIONS[name].fits(choice, site, anatomy) for site in matching):
+                    raise SpaceError(
+                        f"space {self.name!r}: {name} {choice!r} cannot be applied to anything that matches "
+                        f"{pattern!r}; 'autocompress techniques' lists what it is not for"
+                    )
 
 
 def space_files() -> dict[str, Path]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -335,6 +336,21 @@ def load_task(name: str) -> Task:
 
     Raises TaskError, naming the near misses, when nothing of that name can be imported.
     """
+    function = _function_named(name)
+    try:
+        task = function()
+    except AutocompressError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task {name!r}: calling it failed: {in_words(error)}") from error
+    if not isinstance(task, Task):
+        raise TaskError(f"task {name!r} must return an autocompress.Task, got {type(task).__name__}")
+    task.name = name
+    return task
+
+
+def _function_named(name: str) -> Callable[[], Any]:
+    """That makes the task of this name."""
     from autocompress.tasks import BUILT_IN
 
     module_name, _, function_name = BUILT_IN.get(name, name).partition(":")
@@ -351,8 +367,23 @@ def load_task(name: str) -> Task:
     folder = str(file.parent if file else Path.cwd())
     if name not in BUILT_IN and folder not in sys.path:
         sys.path.insert(0, folder)
+    module = _imported(module_name, name)
+    if file is not None and file != Path(getattr(module, "__file__", None) or "").resolve():
+        raise TaskError(f"task {name!r}: another module is called {module_name!r}: rename the file")
+    function: Any = getattr(module, function_name, None)
+    if not callable(function):
+        defined = [k for k, v in inspect.getmembers(module, inspect.isfunction) if v.__module__ == module.__name__]
+        functions = [other for other in defined if not other.startswith("_")]
+        raise TaskError(
+            f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, functions)}"
+        )
+    made: Callable[[], Any] = function
+    return made
+
+
+def _imported(module_name: str, name: str) -> ModuleType:
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and not module_name.startswith(error.name):
             raise TaskError(f"task {name!r} needs the package {error.name!r}: install it") from error
@@ -361,22 +392,3 @@ def load_task(name: str) -> Task:
         ) from error
     except Exception as error:
         raise TaskError(f"task {name!r}: importing {module_name!r} failed: {in_words(error)}") from error
-    if file is not None and file != Path(getattr(module, "__file__", None) or "").resolve():
-        raise TaskError(f"task {name!r}: another module is called {module_name!r}: rename the file")
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        defined = [k for k, v in inspect.getmembers(module, inspect.isfunction) if v.__module__ == module.__name__]
-        functions = [other for other in defined if not other.startswith("_")]
-        raise TaskError(
-            f"task {name!r}: {module_name!r} has no function {function_name!r}{near_misses(function_name, functions)}"
-        )
-    try:
-        task = function()
-    except AutocompressError:
-        raise
-    except Exception as error:
-        raise TaskError(f"task {name!r}: calling it failed: {in_words(error)}") from error
-    if not isinstance(task, Task):
-        raise TaskError(f"task {name!r} must return an autocompress.Task, got {type(task).__name__}")
-    task.name = name
-    return task

@@ -60,79 +60,106 @@ def fine_tune(
     """
     if epochs < 1:
         return
-    model = candidate.model
-    device = device_of(model)
-    peak = task.learning_rate if learning_rate is None else learning_rate
-    choices: dict[str, Choice] = {technique.name: choice for technique, choice in candidate.training}
-    peak *= math.prod(technique.learning_rate_factor(choices[name]) for name, technique in trainings().items())
-    penalty = math.fsum(technique.penalty(choices[name]) for name, technique in trainings().items())
-    price = torch.tensor(penalty, device=device)
-    weights, others = candidate.trainable()
-    groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
-    fused = True if device.type in ("cpu", "cuda") else None  # a fifth of a small trial's time
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, fused=fused)
-    half = device.type == "cuda" and choices.get("precision") == "float16"
-    scaler = torch.amp.GradScaler(device.type, init_scale=_LOSS_SCALE, enabled=half)
-    calibrated = rate is None
-    rate = rate or RateModel(candidate)
-    total = epochs * batch_count(task)
-    every = max(_MASK_EVERY, total // _ROUNDS) if candidate.regrows else _MASK_EVERY
-    activations = list(candidate.activations().values())
-    made = [technique.term(choice, activations) for technique, choice in candidate.training]
-    terms = [term for term in made if term is not None]
-    biases = Biases(candidate, optimizer)
-    step, samples, settled = 0, 0, False
+    run = _FineTuning(task, candidate, teacher, epochs, start_sparsity, learning_rate, rate)
     for epoch in range(1, epochs + 1):
-        model.train()
+        candidate.model.train()
         for batch in task.batches("train"):
-            progress = min(step / total, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = peak * _schedule(progress)
-            if step % every == 0 and progress < _FREEZE:
-                ramp = 1 - (1 - min(progress / _RAMP, 1.0)) ** 3
-                regrown = _REGROWN * (1 + math.cos(math.pi * progress / _FREEZE)) / 2
-                candidate.set_masks(share=ramp, start=start_sparsity, regrown=regrown)
-            last = step + 1 >= total
-            if penalty and step == math.ceil(_RAMP * total):
-                biases.draw(rate.calibrate(), penalty, samples)
-            if (progress >= _SETTLE or last) and not settled:
-                settled = True
-                candidate.set_masks()
-                _settle(task, candidate, rate, choices)
-                model.train()
-            if (progress >= _CALIBRATE or last) and not calibrated:
-                calibrated = True
-                rate.calibrate()
-            if penalty and step % _MASK_EVERY == 0:
-                rate.refresh()
-            samples = batch_size(batch)
-            batch = to_device(batch, device)
-            candidate.materialise(keep_graph=True)
-            with ExitStack() as watching:  # until the gradients are there: checkpointed blocks run once more for them
-                for term in terms:
-                    watching.enter_context(term)
-                loss = _loss(task, model, teacher, batch, choices, terms)
-                if not math.isfinite(float(loss.detach())):
-                    raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
-                if not loss.requires_grad:
-                    raise TaskError(
-                        "the loss has no gradient: the model's forward and the loss must do without torch.no_grad and "
-                        "detach"
-                    )
-                optimizer.zero_grad()
-                torch.autograd.backward(scaler.scale(loss))
-            candidate.backpropagate()
-            if penalty and rate.tables:  # floats alone have nothing to be priced
-                rate.backpropagate(scaler.scale(price))
-            scaler.step(optimizer)
-            scaler.update()
-            biases.prune()
-            step += 1
-        if not settled and not candidate.regrows:  # as the recipe asks, also before fine-tuning is over
-            candidate.set_masks()
-        candidate.materialise()
-        model.eval()
+            run.step(batch)
+        run.leave_as_asked()
         yield epoch
+
+
+class _FineTuning:
+    """What lasts from one step to the next, and what is due at which step. Arguments as those of `fine_tune`."""
+
+    def __init__(
+        self,
+        task: Task,
+        candidate: Candidate,
+        teacher: nn.Module,
+        epochs: int,
+        start_sparsity: Mapping[str, float] | None,
+        learning_rate: float | None,
+        rate: RateModel | None,
+    ) -> None:
+        self.task, self.candidate, self.teacher, self.start_sparsity = task, candidate, teacher, start_sparsity
+        self.device = device_of(candidate.model)
+        self.choices = {technique.name: choice for technique, choice in candidate.training}
+        chosen = [(technique, self.choices[name]) for name, technique in trainings().items()]
+        peak = task.learning_rate if learning_rate is None else learning_rate
+        self.peak = peak * math.prod(technique.learning_rate_factor(choice) for technique, choice in chosen)
+        self.penalty = math.fsum(technique.penalty(choice) for technique, choice in chosen)
+        self.price = torch.tensor(self.penalty, device=self.device)
+        weights, others = candidate.trainable()
+        groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
+        fused = True if self.device.type in ("cpu", "cuda") else None  # a fifth of a small trial's time
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.peak, fused=fused)
+        half = self.device.type == "cuda" and self.choices.get("precision") == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=_LOSS_SCALE, enabled=half)
+        self.rate, self.calibrated = rate or RateModel(candidate), rate is None
+        self.steps, self.total, self.settled = 0, epochs * batch_count(task), False
+        self.every = max(_MASK_EVERY, self.total // _ROUNDS) if candidate.regrows else _MASK_EVERY
+        activations = list(candidate.activations().values())
+        made = [technique.term(choice, activations) for technique, choice in candidate.training]
+        self.terms = [term for term in made if term is not None]
+        self.biases, self.samples = Biases(candidate, self.optimizer), 0
+
+    def step(self, batch: Batch) -> None:
+        """Train on one batch."""
+        self._what_is_due()
+        candidate, self.samples = self.candidate, batch_size(batch)
+        batch = to_device(batch, self.device)
+        candidate.materialise(keep_graph=True)
+        with ExitStack() as watching:  # until the gradients are there: checkpointed blocks run once more for them
+            for term in self.terms:
+                watching.enter_context(term)
+            loss = _loss(self.task, candidate.model, self.teacher, batch, self.choices, self.terms)
+            if not math.isfinite(float(loss.detach())):
+                raise TaskError(f"the loss became {float(loss.detach()):g} while fine-tuning")
+            if not loss.requires_grad:
+                raise TaskError(
+                    "the loss has no gradient: the model's forward and the loss must do without torch.no_grad and "
+                    "detach"
+                )
+            self.optimizer.zero_grad()
+            torch.autograd.backward(self.scaler.scale(loss))
+        candidate.backpropagate()
+        if self.penalty and self.rate.tables:  # floats alone have nothing to be priced
+            self.rate.backpropagate(self.scaler.scale(self.price))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.biases.prune()
+        self.steps += 1
+
+    def _what_is_due(self) -> None:
+        """The learning rate of the next step and, each at its time: masks, biases, the last rounding, the rates."""
+        candidate, step, last = self.candidate, self.steps, self.steps + 1 >= self.total
+        progress = min(step / self.total, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak * _schedule(progress)
+        if step % self.every == 0 and progress < _FREEZE:
+            ramp = 1 - (1 - min(progress / _RAMP, 1.0)) ** 3
+            regrown = _REGROWN * (1 + math.cos(math.pi * progress / _FREEZE)) / 2
+            candidate.set_masks(share=ramp, start=self.start_sparsity, regrown=regrown)
+        if self.penalty and step == math.ceil(_RAMP * self.total):
+            self.biases.draw(self.rate.calibrate(), self.penalty, self.samples)
+        if (progress >= _SETTLE or last) and not self.settled:
+            self.settled = True
+            candidate.set_masks()
+            _settle(self.task, candidate, self.rate, self.choices)
+            candidate.model.train()
+        if (progress >= _CALIBRATE or last) and not self.calibrated:
+            self.calibrated = True
+            self.rate.calibrate()
+        if self.penalty and step % _MASK_EVERY == 0:
+            self.rate.refresh()
+
+    def leave_as_asked(self) -> None:
+        """The model as the recipe asks, ready to be measured, also before fine-tuning is over."""
+        if not self.settled and not self.candidate.regrows:
+            self.candidate.set_masks()
+        self.candidate.materialise()
+        self.candidate.model.eval()
 
 
 def _loss(
