@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import autocompress as ac
+from autocompress.report.api import markdown
 
 
 def test_every_public_name_is_there() -> None:
@@ -22,3 +24,8 @@ def test_no_module_hides_a_name() -> None:
     code += "assert callable(ac.search) and callable(ac.evaluate) and callable(ac.export)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_the_api_is_what_the_docstrings_hold() -> None:
+    assert (Path(__file__).parents[1] / "docs" / "api.md").read_text() == markdown()
+    assert all(f"## {name}\n" in markdown() for name in ac.__all__ if name not in ("__version__", "techniques"))
