@@ -22,8 +22,8 @@ def markdown() -> str:
     lines = [
         "# The Python API",
         "",
-        "Written by `python -m autocompress.report.api` from the docstrings, to which a test holds it. `import autocompress as",
-        "ac` has these names; what is asked for and cannot be done is raised as an `AutocompressError`.",
+        "Written by `python -m autocompress.report.api` from the docstrings, to which a test holds it. All is in",
+        "`autocompress` itself; what is asked for and cannot be done is raised as an `AutocompressError`.",
     ]
     others = [name for name in sorted(autocompress.__all__) if name not in (*_FIRST, "__version__", "techniques")]
     for name in (*_FIRST, *others):
@@ -71,7 +71,7 @@ def _members(kind: type) -> Iterator[str]:
         called = inspect.isfunction(method)
         getter = method if called else getattr(member, "fget", getattr(member, "func", None))
         is_field = name in getattr(kind, "__dataclass_fields__", ())
-        if not name.startswith("_") and not is_field and getattr(getter, "__doc__", ""):
+        if not name.startswith("_") and not is_field and getter is not None and getter.__doc__:
             arguments = f"({', '.join(_arguments(method))})" if called else ""
             yield f"- `{name}{arguments}`: {' '.join(_text(getter).split())}"
 
