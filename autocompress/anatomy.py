@@ -190,13 +190,7 @@ def _blocks(
     """Modules with layers inside; those that share a weight with another are none."""
     expected, modules = _tensor_to_tensor(model, run)
     tied = [{id(module) for module, _ in places} for places in owners(model).values() if len(places) > 1]
-    inside: dict[str, tuple[str, ...]] = {}
-    for name in modules:
-        prefix = f"{name}." if name else ""
-        within = tuple(layer.name for layer in layers if layer.name == name or layer.name.startswith(prefix))
-        own = {id(part) for part in model.get_submodule(name).modules()}
-        if within and not any(places & own and places - own for places in tied):
-            inside[name] = within
+    inside = {name: within for name in modules if (within := _layers_inside(model, name, layers, tied))}
     parts = {name: model.get_submodule(name) for name in inside}
     whole = _replaceable(model, {name: _Wrapped(part) for name, part in parts.items() if name}, run, expected)
     droppable = _replaceable(model, {name: Dropped() for name in whole & steady}, run, expected)
@@ -204,16 +198,20 @@ def _blocks(
     with suppress(Exception), torch.no_grad():  # whatever a task makes of a model that has no attributes of its own
         if _shapes_of(run(_Repeated(model))) == expected:
             repeatable.add("")
-    for name, part in parts.items():
-        if name and name not in whole:
-            continue
-        prefix = f"{name}." if name else ""
-        inner = tuple(
-            group.name for group in groups if not name or all(member.startswith(prefix) for member in group.members)
-        )
-        grouped = getattr(part, "groups", 1) != 1
+    for name in [name for name in inside if not name or name in whole]:
+        part, prefix = parts[name], f"{name}." if name else ""
+        inner = tuple(group.name for group in groups if all(member.startswith(prefix) for member in group.members))
         kind = type(part).__name__ if type(part).__module__.startswith("torch.nn.") else ""
+        grouped = getattr(part, "groups", 1) != 1
         yield Block(name, kind, inside[name], inner, name in droppable, name in repeatable, grouped)
+
+
+def _layers_inside(model: nn.Module, name: str, layers: list[Layer], tied: list[set[int]]) -> tuple[str, ...]:
+    """Of a module; none where it shares a weight with another. tied: ids of the modules that share one."""
+    own, prefix = {id(part) for part in model.get_submodule(name).modules()}, f"{name}." if name else ""
+    if any(places & own and places - own for places in tied):
+        return ()
+    return tuple(layer.name for layer in layers if layer.name == name or layer.name.startswith(prefix))
 
 
 class _Wrapped(Replacement):

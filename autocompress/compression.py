@@ -95,13 +95,6 @@ class Candidate:
     ) -> None:
         recipe = Recipe.of(without_void(recipe.as_dict()))
         self.anatomy, self.recipe, self.run = anatomy, recipe, run
-        model = copied(original).eval()
-        for module in model.modules():
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                module.sparse = False  # gradients that any optimizer and any technique takes
-        parent = dict(state or {})
-        learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}
-        choices = {k.rpartition("|")[0]: k.rpartition("|")[2] for k in learned}
         options = {dimension: choice for site, dimension, choice in recipe if site == MODEL}
         self.training = [(technique, options.get(name, technique.default)) for name, technique in trainings().items()]
         self.regrows = any(
@@ -109,6 +102,38 @@ class Candidate:
             for technique, choice in self.training
         )
         self._clipping = str(options.get(WeightClipping.name, WeightClipping.default))
+        parent = dict(state or {})
+        learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}
+        self.model = self._built(original, parent, parent_recipe, options)
+        self.layers: dict[str, ShadowedLayer] = {}
+        places = owners(self.model)
+        for key, site in self._weights():
+            parameter = getattr(*places[key][0])
+            choice = recipe.get(site, "weights", "float32")
+            assert choice is not None
+            coding = coding_of(choice)
+            dense = as_real(parameter.detach()).float().clone()
+            self.layers[layer_name(key)] = ShadowedLayer(site, key, parameter, dense, choice, coding, torch.empty(0))
+        self.set_masks()
+        for name, shadow in self.layers.items():
+            known = learned.get(f"{name}|{shadow.choice}")
+            if known is not None and len(known) == shadow.coding.parameters(shadow.choice, tuple(shadow.dense.shape)):
+                shadow.learned = known.clone().to(shadow.dense.device)
+            else:
+                self.fit_steps(shadow)
+
+    def _built(
+        self,
+        original: nn.Module,
+        parent: Mapping[str, Tensor],
+        parent_recipe: Recipe | None,
+        options: Mapping[str, Choice],
+    ) -> nn.Module:
+        """The original with the structure of the recipe, and the weights of the parent if there are some."""
+        model = copied(original).eval()
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = False  # gradients that any optimizer and any technique takes
         if parent:
             for name, structure in structures().items():
                 if structure.permanent and parent_recipe is not None:
@@ -116,28 +141,11 @@ class Candidate:
             _assign_known(model, parent)
         mend_memory_format(model)
         for name, structure in structures().items():
-            model = structure.apply(model, counted(recipe.dimension(name), name, anatomy), run, options)
+            model = structure.apply(model, counted(self.recipe.dimension(name), name, self.anatomy), self.run, options)
         if parent:
             _assign_known(model, parent)
         mend_memory_format(model)
-        self.model = model
-        self.layers: dict[str, ShadowedLayer] = {}
-        places = owners(model)
-        for key, site in self._weights():
-            parameter = getattr(*places[key][0])
-            choice = recipe.get(site, "weights", "float32")
-            assert choice is not None
-            coding = coding_of(choice)
-            dense = as_real(parameter.detach()).float().clone()
-            shadow = ShadowedLayer(site, key, parameter, dense, choice, coding, torch.empty(0))
-            self.layers[layer_name(key)] = shadow
-        self.set_masks()
-        for name, shadow in self.layers.items():
-            known = learned.get(f"{name}|{shadow.choice}") if choices.get(name) == shadow.choice else None
-            if known is not None and len(known) == shadow.coding.parameters(shadow.choice, tuple(shadow.dense.shape)):
-                shadow.learned = known.clone().to(shadow.dense.device)
-            else:
-                self.fit_steps(shadow)
+        return model
 
     def fit_steps(self, shadow: ShadowedLayer) -> None:
         """The learned parameters of its coding, as they suit its weights before any training."""

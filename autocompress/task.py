@@ -78,7 +78,7 @@ class Task:
 
     def build(self) -> nn.Module:
         """A module of its own: built, or copied from the one that was given, in evaluation mode, its weights plain ones
-        (docs/tasks.md)."""
+        (docs/models.md)."""
         return plain(self.as_given())
 
     def as_given(self) -> nn.Module:

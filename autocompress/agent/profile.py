@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.anatomy import Anatomy, Memberships
+from autocompress.anatomy import Anatomy, Layer, Memberships
 from autocompress.recipe import MODEL, Choice
 from autocompress.space import BoundDimension, BoundSpace
 from autocompress.techniques.base import structures
@@ -70,65 +70,11 @@ class Profile:
         self.dimensions: dict[str, BoundDimension] = {d.key: d for d in space}
         self.at = {key: i for i, key in enumerate(self.dimensions)}
         self.places = {d.key: {choice: i for i, choice in enumerate(d.choices)} for d in space}
-        rows: list[list[float]] = []
-        strides: list[tuple[str, int, int]] = []
-        factors: dict[str, dict[int, Floats]] = {}
-
-        def scale(key: str, by: Floats) -> None:
-            known = factors.setdefault(key, {})
-            known[len(rows) - 1] = known.get(len(rows) - 1, np.ones(len(by))) * by
-
-        def scale_by_channels(groups: Memberships) -> None:
-            for group, part in groups:
-                key = f"{group}:channels"
-                if key in self.dimensions:
-                    kept = np.array(self.dimensions[key].choices, np.float64)
-                    scale(key, 1 - part * (1 - kept))
-
+        rows = _Rows(space)
         for layer in anatomy.layers:
-            # the order of the keys is the order in which the table was measured, the last one fastest
-            rows.append(list(measured["layer_bytes"][layer.name].values()))
-            stride = 1
-            for d in reversed([d for d in space if d.site == layer.name and d.name not in structures()]):
-                strides.append((d.key, len(rows) - 1, stride))
-                stride *= len(d.choices)
-            scale_by_channels(layer.groups)
-            for key, left in measured["weights_left"].items():
-                shares = [left[str(choice)].get(layer.name, 1.0) for choice in self.dimensions[key].choices]
-                if min(shares) < 1:
-                    scale(key, np.array(shares))
-        vectors = np.array(list(measured["vector_bytes"].values()))
-        total = max(1, sum(count for count, _ in anatomy.vectors))
-        counts: dict[Memberships, int] = {}
-        for count, groups in anatomy.vectors:
-            counts[groups] = counts.get(groups, 0) + count
-        for groups, count in counts.items():
-            rows.append([float(vectors[0]) * count / total])
-            scale_by_channels(groups)
-            if f"{MODEL}:vectors" in self.dimensions and vectors[0]:  # not if all are constant
-                scale(f"{MODEL}:vectors", vectors / vectors[0])
-        self.table = np.full((len(rows), max(map(len, rows))), math.inf)
-        for line, row in zip(self.table, rows, strict=True):
-            line[: len(row)] = row
-        each = np.arange(self.table.shape[1])
-        self.own = Own(
-            _places(self.at[key] for key, _, _ in strides),
-            _places(row for _, row, _ in strides),
-            _places(stride for _, _, stride in strides),
-            _places(each // stride % len(self.places[key]) for key, _, stride in strides).reshape(-1, len(each)),
-        )
-        pairs = [(key, row, by) for key, known in factors.items() for row, by in known.items()]
-        of = np.repeat(np.arange(len(factors)), [len(known) for known in factors.values()])
-        padded = np.ones((len(pairs), max((len(d.choices) for d in space), default=1)))
-        for factor, (_, _, by) in zip(padded, pairs, strict=True):
-            factor[: len(by)] = np.maximum(by, _LEAST)
-        self.scalers = Scalers(
-            _places(self.at[key] for key in factors),
-            np.searchsorted(of, np.arange(len(factors) + 1)),
-            of,
-            _places(row for _, row, _ in pairs),
-            padded,
-        )
+            rows.add_layer(layer, measured)
+        rows.add_vectors(anatomy, measured["vector_bytes"])
+        self.table, self.own, self.scalers = rows.table(), rows.own(), rows.scalers()
 
     @cached_property
     def effect_table(self) -> Floats:
@@ -170,6 +116,83 @@ class Profile:
         spent = np.add.reduceat(known.factors, known.first[:-1])
         place[known.at] = np.where(np.isfinite(self.effect_table[known.at]), spent, np.inf).argmin(1)
         return self.header_bytes + float((self.table.min(1) * self.scale(place)).sum())
+
+
+class _Rows:
+    """Collects the rows of a profile, and what each dimension does to them: its stride in the combinations of a row, or
+    the factors that it scales rows by."""
+
+    def __init__(self, space: BoundSpace) -> None:
+        self._space, self._dimensions = space, {d.key: d for d in space}
+        self._at = {key: i for i, key in enumerate(self._dimensions)}
+        self._rows: list[list[float]] = []
+        self._strides: list[tuple[str, int, int]] = []
+        self._factors: dict[str, dict[int, Floats]] = {}
+
+    def add_layer(self, layer: Layer, measured: Mapping[str, Any]) -> None:
+        # the order of the keys is the order in which the table was measured, the last one fastest
+        self._add([*measured["layer_bytes"][layer.name].values()], layer.groups)
+        stride = 1
+        for d in reversed([d for d in self._space if d.site == layer.name and d.name not in structures()]):
+            self._strides.append((d.key, len(self._rows) - 1, stride))
+            stride *= len(d.choices)
+        for key, left in measured["weights_left"].items():
+            shares = [left[str(choice)].get(layer.name, 1.0) for choice in self._dimensions[key].choices]
+            if min(shares) < 1:
+                self._scale(key, np.array(shares))
+
+    def add_vectors(self, anatomy: Anatomy, size_bytes: Mapping[str, float]) -> None:
+        """One row for all that the same channels shape. size_bytes: of all vectors together, by their format."""
+        formats = np.array([*size_bytes.values()])
+        total = max(1, sum(count for count, _ in anatomy.vectors))
+        counts: dict[Memberships, int] = {}
+        for count, groups in anatomy.vectors:
+            counts[groups] = counts.get(groups, 0) + count
+        for groups, count in counts.items():
+            self._add([float(formats[0]) * count / total], groups)
+            if f"{MODEL}:vectors" in self._dimensions and formats[0]:  # not if all are constant
+                self._scale(f"{MODEL}:vectors", formats / formats[0])
+
+    def _add(self, size_bytes: list[float], groups: Memberships) -> None:
+        """A row, which is scaled by the channels that are kept of these groups."""
+        self._rows.append(size_bytes)
+        for group, part in groups:
+            key = f"{group}:channels"
+            if key in self._dimensions:
+                self._scale(key, 1 - part * (1 - np.array(self._dimensions[key].choices, np.float64)))
+
+    def _scale(self, key: str, by: Floats) -> None:
+        """The last row, by the choices of a dimension."""
+        known, row = self._factors.setdefault(key, {}), len(self._rows) - 1
+        known[row] = known.get(row, np.ones(len(by))) * by
+
+    def table(self) -> Floats:
+        table = np.full((len(self._rows), max(map(len, self._rows))), math.inf)
+        for line, row in zip(table, self._rows, strict=True):
+            line[: len(row)] = row
+        return table
+
+    def own(self) -> Own:
+        each = np.arange(max(map(len, self._rows)))
+        return Own(
+            _places(self._at[key] for key, _, _ in self._strides),
+            _places(row for _, row, _ in self._strides),
+            _places(stride for _, _, stride in self._strides),
+            _places(each // stride % len(self._dimensions[key].choices) for key, _, stride in self._strides).reshape(
+                -1, len(each)
+            ),
+        )
+
+    def scalers(self) -> Scalers:
+        pairs = [(row, by) for known in self._factors.values() for row, by in known.items()]
+        of = np.repeat(np.arange(len(self._factors)), [len(known) for known in self._factors.values()])
+        padded = np.ones((len(pairs), max((len(d.choices) for d in self._space), default=1)))
+        for factor, (_, by) in zip(padded, pairs, strict=True):
+            factor[: len(by)] = np.maximum(by, _LEAST)
+        first = np.searchsorted(of, np.arange(len(self._factors) + 1))
+        return Scalers(
+            _places(self._at[key] for key in self._factors), first, of, _places(row for row, _ in pairs), padded
+        )
 
 
 def _places(places: Iterable[Any]) -> Places:
