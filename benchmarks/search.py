@@ -124,7 +124,8 @@ OPTUNA = ("random", "tpe", "nsga2", "nsga2-learning-rate", "gp")
 DEFAULT = [m for m in METHODS if m not in ("nsga2", "no-race", "everything", "min-accuracy")]
 """Without those that would make it more than four hours on two cores; `nsga2-learning-rate` differs from `nsga2` by the
 learning rate."""
-LONG_METHODS, LONG_SEEDS = {"digits": "tpe", "lenet_300_100": "nsga2-learning-rate", "digit_rows": "tpe"}, 2
+LONG_METHODS = {"digits": "tpe", "lenet_300_100": "nsga2-learning-rate", "digit_rows": "nsga2-learning-rate"}
+LONG_SEEDS = 2
 """Run to 400 trials, by so many of the seeds: those of Optuna's that were the best there or as good, when three ran."""
 LONGEST, LONGEST_RUN = 1000, ("lenet_300_100", "nsga2-learning-rate", 0)
 """Trials of the one longest run, and its task, method and seed."""
