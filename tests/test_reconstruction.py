@@ -548,6 +548,7 @@ def test_a_trial_without_training_keeps_most_of_what_rounding_loses(tmp_path: Pa
     assert whole - first.val_accuracy < 0.3 * (whole - rounded)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_search_without_training_has_nothing_to_choose_of_training(tmp_path: Path) -> None:
     front = ac.search("tests.mini:task", 8, epochs=0, run=tmp_path / "run", workers=1, quiet=True)
     assert (tmp_path / "run" / "config.yaml").read_text().count("epochs: 0") == 1

@@ -17,6 +17,7 @@ from autocompress.agent.forecast import BytesForecast
 from autocompress.agent.planner import plan
 from autocompress.agent.profile import Floats, Profile
 from autocompress.agent.race import Race
+from autocompress.agent.suspects import Suspect
 from autocompress.agent.walk import Walk
 from autocompress.recipe import Choice
 from autocompress.techniques.base import structures, trainings
@@ -30,7 +31,10 @@ _STEP, _LEAP = 0.0135, 0.056
 
 
 class Moves:
-    """skill: the original's, the unit of accuracies. race: for a learning rate, if the space leaves one open."""
+    """skill: the original's, the unit of accuracies. race: for a learning rate, if the space leaves one open.
+
+    avoided: choices that candidates keep away from, where their parents do not have them.
+    """
 
     def __init__(self, profile: Profile, walk: Walk, race: Race | None, skill: float) -> None:
         self.profile, self.walk, self.race, self.skill = profile, walk, race, skill
@@ -42,6 +46,7 @@ class Moves:
         # fine-tuning repairs a pruned part better than a rebuilt one, and what is rebuilt does not come back: where
         # there are other ways to fewer bytes it is not planned, but tried, one part at a time
         self.tried = rebuilding if any(d.name in _PLANNED for d in profile.space) else []
+        self.avoided: set[Suspect] = set()
         self._ratios: dict[int, float] = {}
         self._bytes_forecast: tuple[int, BytesForecast] | None = None
 
@@ -153,17 +158,21 @@ class Moves:
             if d.name in trainings() or key in self.tried:
                 continue
             if parent is None:
-                allowed[key] = d.choices
+                allowed[key] = self._offered(key)
                 continue
             at = d.choices.index(parent.reached[key])
             low = at if d.name in ("sparsity", "weights") else 0
             if low and both_ways and parent.reached[key] == parent.chosen[key]:
                 low -= 1
             high = at + 1 + math.ceil(_REACH * len(d.choices)) if d.name in _PLANNED else len(d.choices)
-            near = d.choices[low:high]
+            near = [c for c in d.choices[low:high] if c == parent.reached[key] or (key, c) not in self.avoided]
             permanent = key in self._permanent
-            allowed[key] = tuple(c for c in near if self._follows(key, parent, c)) if permanent else near
+            allowed[key] = tuple(c for c in near if not permanent or self._follows(key, parent, c))
         return allowed
+
+    def _offered(self, key: str) -> tuple[Choice, ...]:
+        """Choices of a dimension that need not be avoided; the default, which is never suspected, is one."""
+        return tuple(c for c in self.dimensions[key].choices if (key, c) not in self.avoided)
 
     def _trained(
         self, chosen: Mapping[str, Choice], parent: Point | None, target: float, rng: random.Random, change: bool = True
@@ -176,10 +185,10 @@ class Moves:
                 chosen[key] = self.race.learning_rate(self.walk.depth(target))
             elif parent is None:
                 # a price of bits pays from the start: the middle one
-                priced = trainings()[d.name].penalty(d.choices[-1])
-                chosen[key] = d.choices[len(d.choices) // 2 if priced else 0]
+                priced, offered = trainings()[d.name].penalty(d.choices[-1]), self._offered(key)
+                chosen[key] = offered[len(offered) // 2 if priced else 0]
             elif change and rng.random() < min(0.2, 0.8 / len(self._training)):
-                chosen[key] = rng.choice(d.choices)
+                chosen[key] = rng.choice(self._offered(key))
             else:
                 chosen[key] = parent.chosen[key]
         return chosen

@@ -31,7 +31,7 @@ def has_learning_rates(dimension: BoundDimension) -> bool:
 
 
 class Race:
-    """dimension: whose choices are learning rates. base_accuracy: of the original."""
+    """dimension: whose choices are learning rates. base_accuracy: of the original. trials: asked for so far."""
 
     def __init__(self, dimension: BoundDimension, base_accuracy: float) -> None:
         self.key, self._base = dimension.key, base_accuracy
@@ -39,23 +39,24 @@ class Race:
         self._choices = sorted(dimension.choices, key=factor)
         self._own = min(range(len(self._choices)), key=lambda i: abs(math.log(factor(self._choices[i]))))
         self._guess = min(self._own + 1, len(self._choices) - 1)
+        self.trials = 0
         self._lost: dict[Choice, float | None] = {}
-
-    @property
-    def trials(self) -> int:
-        """Asked so far."""
-        return len(self._lost)
+        """Rate -> accuracy lost, None as long as it is tried."""
 
     def note(self, trials: Sequence[FrozenTrial]) -> None:
         """Learn from all trials of a study."""
-        for trial in trials:
-            if trial.user_attrs.get("move") == RACE and not trial.user_attrs.get("orphan"):
-                lost: float | None = math.inf  # failed, or stopped halfway: others are clearly better
-                if trial.state == TrialState.COMPLETE:
-                    lost = max(self._base - trial.values[1], 1e-9)
-                elif not trial.state.is_finished():
-                    lost = None
-                self._lost[trial.params[self.key]] = lost
+        raced = [t for t in trials if t.user_attrs.get("move") == RACE and not t.user_attrs.get("orphan")]
+        self.trials, self._lost, failed = len(raced), {}, set[Choice]()
+        for trial in raced:
+            rate = trial.params[self.key]
+            if trial.state == TrialState.COMPLETE:
+                self._lost[rate] = max(self._base - trial.values[1], 1e-9)
+            elif not trial.state.is_finished():
+                self._lost[rate] = None
+            elif trial.state == TrialState.PRUNED or rate in failed:
+                self._lost[rate] = math.inf  # others are clearly better
+            else:
+                failed.add(rate)  # of whatever: it is asked for once more
 
     def next(self, running: int) -> Choice | None:
         """What is to be tried now, beside so many trials; None when the race is over, or waits for one of them."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from autocompress.agent.forecast import Forecast, Step
 from autocompress.agent.moves import Moves
 from autocompress.agent.profile import Profile
 from autocompress.agent.race import RACE, Race, has_learning_rates
+from autocompress.agent.suspects import Suspects
 from autocompress.agent.walk import LONGEST, Walk
 from autocompress.errors import SamplerError
 from autocompress.recipe import Choice
@@ -80,6 +81,7 @@ class FrontierSampler(BaseSampler):
         self._random = RandomSampler(seed=seed)
         self._points: dict[int, Point] = {}
         self._stopped: dict[int, Stopped] = {}
+        self._suspects = Suspects(profile.default())
 
     # ------------------------------------------------------------ Optuna's protocol
 
@@ -130,6 +132,7 @@ class FrontierSampler(BaseSampler):
                 stopped = Stopped.of(trial, self.profile.dimensions)
                 if stopped is not None:
                     self._stopped[trial.number] = stopped
+        self._suspects.note(trials)
         if self.race:
             self.race.note(trials)
 
@@ -137,6 +140,7 @@ class FrontierSampler(BaseSampler):
         self, done: Sequence[Point], running: Sequence[FrozenTrial], number: int, rng: random.Random
     ) -> Proposal:
         workers = 1 + len(running)
+        self.moves.avoided = self._suspects.drawn(rng)
         if self.race and self.walk.budget >= _RACE_FROM:
             learning_rate = self.race.next(len(running))
             if learning_rate is not None:
@@ -155,7 +159,8 @@ class FrontierSampler(BaseSampler):
             return found.size if found else None
 
         target, again = self.walk.target(number, workers, [p.size for p in walked], going, ancestor)
-        return self.moves.step(done, target, rng, _VARIED if again else 0.0)
+        noises = (_VARIED if again else 0.0, *_MORE_VARIED)
+        return self._new_step(done, target, rng, noises, self._suspects.failed)
 
     def _improve(self, done: Sequence[Point], running: Sequence[FrozenTrial], rng: random.Random) -> Proposal:
         """What is expected to add most to the front, whatever comes of those that are on their way, and none of them
@@ -164,7 +169,7 @@ class FrontierSampler(BaseSampler):
         going = [t.user_attrs for t in running if t.user_attrs.get("deviation") is not None]
         taken = {identity(attributes) for attributes in going}
         every = self._proposals(front, done, rng)
-        proposals = [p for p in every if identity(p.attributes()) not in taken] or every
+        proposals = [p for p in every if identity(p.attributes()) not in taken and not self._doubtful(p)] or every
         steps = [self._as_step(p.move, p.parent, p.target_bytes, region) for p in proposals]
         mean, deviation = self._forecast(done, region)(steps)
         mean += math.log(region.ceiling - self.aim.base_accuracy)
@@ -176,15 +181,36 @@ class FrontierSampler(BaseSampler):
         best = proposals[at]
         if best.chosen is None:
             known = [p.chosen for p in done] + [p.chosen for p in self._stopped.values()] + [t.params for t in running]
-            for noise in _MORE_VARIED:
-                best = self.moves.step(done, best.target_bytes, rng, noise, best.parent)
-                if best.chosen not in known:
-                    break
+            known += self._suspects.failed
+            best = self._new_step(done, best.target_bytes, rng, _MORE_VARIED, known, best.parent)
         elif best.parent is not None:
             best.chosen = best.parent.as_asked(best.chosen)
         best.expected_accuracy = region.ceiling - math.exp(mean[at])
         best.deviation = float(deviation[at])
         return best
+
+    def _new_step(
+        self,
+        done: Sequence[Point],
+        target: float,
+        rng: random.Random,
+        noises: Sequence[float],
+        known: Container[Mapping[str, Choice]],
+        parent: Point | None = None,
+    ) -> Proposal:
+        """A step whose recipe is not among the known ones, by the first noise that makes one, or the last."""
+        for noise in noises:
+            proposal = self.moves.step(done, target, rng, noise, parent)
+            if proposal.chosen not in known:
+                break
+        return proposal
+
+    def _doubtful(self, proposal: Proposal) -> bool:
+        """Whether it would fail again, or has a choice to keep away from."""
+        if proposal.chosen is None or proposal.parent is None:
+            return False
+        asked = proposal.parent.as_asked(proposal.chosen)
+        return asked in self._suspects.failed or not self.moves.avoided.isdisjoint(asked.items())
 
     def _proposals(self, front: list[Point], done: Sequence[Point], rng: random.Random) -> list[Proposal]:
         """What could be tried next; steps are planned once one is chosen."""

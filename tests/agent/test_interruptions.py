@@ -18,8 +18,10 @@ from autocompress.agent.run_folder import create_run
 from autocompress.agent.sampler import FrontierSampler
 from autocompress.errors import RunError
 from tests import mini
+from tests.conftest import trials_run_here
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_failing_trials_are_kept_on_record_and_the_search_goes_on(tmp_path: Path) -> None:
     front = ac.search("tests.mini:moody_task", 12, run=tmp_path / "run", workers=2)
     errors = {p.parent.name: p.read_text() for p in (tmp_path / "run").glob("trials/*/error.txt")}
@@ -31,16 +33,19 @@ def test_failing_trials_are_kept_on_record_and_the_search_goes_on(tmp_path: Path
     assert "failed: " in (tmp_path / "run" / "log").read_text()
 
 
-def test_the_trial_of_a_killed_worker_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_dies_of_is_run_again_and_what_it_raises_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DEADLY_MARK", str(tmp_path / "mark"))
-    front = ac.search("tests.mini:deadly_task", 5, run=tmp_path / "run", workers=1)
-    errors = list((tmp_path / "run").glob("trials/*/error.txt"))
-    assert len(errors) == 1
-    assert "killed" in errors[0].read_text()
-    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 5
+    run = tmp_path / "run"
+    front = ac.search("tests.mini:deadly_task", 5, run=run, workers=1)
+    killed, raised = sorted(run.glob("trials/*/error.txt"))
+    assert "killed" in killed.read_text()
+    assert "MemoryError: no room for this batch" in raised.read_text()
+    assert len(list(run.glob("trials/*/model.acz"))) == 4
     assert len(front) >= 1
-    recipes = [(tmp_path / "run" / "trials" / number / "recipe.json").read_text() for number in ("0", "1")]
-    assert recipes[0] == recipes[1]
+    recipes = [(run / "trials" / number / "recipe.json").read_text() for number in ("0", "1", "2")]
+    assert recipes[0] == recipes[1] != recipes[2]
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -77,12 +82,9 @@ def test_what_the_sampler_raises_is_told_and_the_search_resumes(
     assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
 
 
-COMMAND = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1"]
-
-
-def started(run: Path, trials: int) -> subprocess.Popen[str]:
-    """A slow search in a process group of its own, when so many of its 6 trials are finished."""
-    command = [*COMMAND, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run)]
+def started(run: Path, trials: int, *options: str) -> subprocess.Popen[str]:
+    """A search in a process group of its own, when so many of its 6 slow trials are finished."""
+    command = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1", *options]
     fresh = {name: value for name, value in os.environ.items() if name not in engine._SETTINGS}  # of searches before
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=fresh)
     deadline = time.monotonic() + 120
@@ -93,30 +95,30 @@ def started(run: Path, trials: int) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_search_that_is_asked_to_end_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_search_that_is_asked_to_end_and_one_that_is_killed_resume(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    process = started(run, trials=1)
-    process.terminate()
-    _, told = process.communicate(timeout=60)
+    asked = started(run, 1, "--task", "tests.mini:slow_task", "--budget", "6", "--run", str(run))
+    asked.terminate()
+    _, told = asked.communicate(timeout=60)
     said = f"stopped; finished trials are kept: go on by --resume {run}"
-    assert (told.strip(), process.returncode) == (said, 130)
-
-
-def test_a_killed_search_resumes(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = started(run, trials=2)
-    assert process.poll() is None, "the search ended too early"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    before = {p: p.stat().st_mtime_ns for p in run.glob("trials/*/metrics.json")}
-    assert len(before) < 6
+    assert (told.strip(), asked.returncode) == (said, 130)
     with pytest.raises(RunError, match="exists"):
         create_run(run, "mini")
-    done = subprocess.run([*COMMAND, "--resume", str(run)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(run)
-    assert done.stderr == ""
-    complete = sum(1 for _ in run.glob("trials/*/metrics.json"))
-    assert 6 <= complete <= 7
+
+    killed = started(run, 3, "--resume", str(run))
+    assert killed.poll() is None, "the search ended too early"
+    os.killpg(killed.pid, signal.SIGKILL)
+    _, told = killed.communicate()
+    assert told == ""
+    before = {p: p.stat().st_mtime_ns for p in run.glob("trials/*/metrics.json")}
+    assert 3 <= len(before) < 6
+
+    with trials_run_here():
+        front = ac.resume(run, quiet=True)
+    assert capfd.readouterr() == ("", "")
+    assert 6 <= sum(1 for _ in run.glob("trials/*/metrics.json")) <= 8
     assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "finished trials are kept"
-    assert len(ac.ParetoFront.read(run)) >= 1
+    assert len(front) >= 1
+    assert front.to_json() == ac.ParetoFront.read(run).to_json()

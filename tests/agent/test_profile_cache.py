@@ -147,6 +147,7 @@ def test_a_profile_of_fewer_probes_is_enough_for_whoever_asks_for_no_more(measur
     assert len(measurements) == 2
 
 
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_short_search_tries_no_more_choices_than_are_worth_its_while(
     epochs: int, measurements: list[Workshop], tmp_path: Path

@@ -93,8 +93,20 @@ def test_a_rate_at_which_training_fails_has_lost(study: SearchStudy, outcome: Ou
             study.fail(spec.number, "Traceback\nthe loss became nan")
         else:
             study.tell(spec.number, outcome(spec))
-    assert raced(study) == [2, 4, 1, 0.5]
-    assert all(t.params[KEY] <= 1 for t in study.trials()[4:])
+    assert raced(study) == [2, 2, 4, 4, 1, 0.5], "once more each, for it may have failed of something else"
+    assert all(t.params[KEY] <= 1 for t in study.trials()[6:])
+
+
+def test_a_recipe_that_fails_is_not_raced_again(study: SearchStudy, outcome: Outcome) -> None:
+    run, recipes = world(outcome, 1.0), list[str]()
+    while (spec := study.ask()) is not None and len(recipes) < 5:
+        recipes.append(str({key: choice for key, choice in study.get(spec.number).params.items() if key != KEY}))
+        if recipes[-1] == recipes[0]:
+            study.fail(spec.number, "Traceback\nno such layer")
+        else:
+            study.tell(spec.number, run(spec))
+    assert recipes.count(recipes[0]) == 1
+    assert raced(study)[:5] == [2, 2, 4, 1, 0.5]
 
 
 def test_small_budgets_guess_instead_of_a_race(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:

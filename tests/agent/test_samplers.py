@@ -227,6 +227,26 @@ def test_failing_trials_do_not_stop_the_sampler(profile: Profile, outcome: Outco
     assert len(study.complete()) == 16
 
 
+@pytest.mark.parametrize("bad", [("1:weights", "int4"), ("3:weights", "int2"), ("model:vectors", "e8m2")])
+def test_a_choice_that_trials_fail_of_is_found_out(
+    bad: tuple[str, str], profile: Profile, outcome: Outcome, tmp_path: Path
+) -> None:
+    areas, failed = [], list[dict[str, Any]]()
+    for name, harm in (("sound", ("", "")), ("harmed", bad)):
+        study = study_of(folder_of(tmp_path, name), profile, "frontier", 40)
+        while (spec := study.ask()) is not None:
+            params = study.get(spec.number).params
+            if harm in params.items():
+                study.fail(spec.number, "Traceback\nno such layer")
+                failed.append(params)
+            else:
+                study.tell(spec.number, outcome(spec))
+        areas.append(hypervolume(values(study), profile.predict(profile.default()), 0.5))
+    assert 1 <= len(failed) <= 8
+    assert all(one != other for one, other in itertools.combinations(failed, 2))
+    assert areas[1] > 0.9 * areas[0]
+
+
 def test_what_is_stopped_teaches_as_well(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
     """All children of the first parent that is improved on are stopped halfway: others get theirs."""
     study, stopped, told, unlucky = study_of(tmp_path, profile, "frontier", 24), [], [], None

@@ -79,7 +79,8 @@ def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert (seen[-1].phase, seen[-1].done, seen[-1].failed) == ("done", 8, 0)
 
-    more = ac.resume(folder, task=mini.brief_task(), budget=10, workers=1)
+    with trials_run_here():
+        more = ac.resume(folder, task=mini.brief_task(), budget=10, workers=1)
     assert len(list((folder / "trials").iterdir())) == 10
     assert more.best().val_accuracy >= front.best().val_accuracy
 
