@@ -112,7 +112,8 @@ class Task:
         return model.eval()
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """The batches of "train", "val" or "test"; raises TaskError when there are none, or only once."""
+        """The batches of "train", "val" or "test"; raises TaskError when they cannot be read, or only once, or there are
+        none."""
         source = getattr(self, split)
         if isinstance(source, Iterator):
             raise TaskError(
@@ -120,9 +121,14 @@ class Task:
                 "DataLoader or a function that returns a fresh iterable"
             )
         count = 0
-        for batch in source() if callable(source) else source:
-            count += 1
-            yield batch
+        try:
+            for batch in source() if callable(source) else source:
+                count += 1
+                yield batch
+        except AutocompressError:
+            raise
+        except Exception as error:
+            raise TaskError(f"task {self.name!r}: reading the {split} split failed: {in_words(error)}") from error
         if count == 0:
             raise TaskError(
                 f"task {self.name!r}: the {split} loader gave no batches; pass a list, a DataLoader or a "
@@ -189,7 +195,7 @@ def batch_count(task: Task) -> int:
         return max(1, len(source))  # type: ignore[arg-type]
     except TypeError:
         if task._counted is None or task._counted[0] is not task.train:
-            task._counted = task.train, sum(1 for _ in source)
+            task._counted = task.train, sum(1 for _ in task.batches("train"))
         return max(1, task._counted[1])
 
 

@@ -229,6 +229,20 @@ def test_bad_tasks_are_one_sentence(changes: dict[str, Any], message: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_batches_that_cannot_be_read_are_one_sentence() -> None:
+    def broken() -> Iterator[Any]:
+        yield BATCH
+        raise OSError("the disk went away")
+
+    task = linear_task(train=broken)
+    check_task(task, task.build())
+    for read in (batch_count, lambda task: [*task.batches("train")]):
+        with pytest.raises(
+            TaskError, match="task 'custom': reading the train split failed: OSError: the disk went away"
+        ):
+            read(task)
+
+
 def test_a_metric_that_is_not_a_number_is_refused() -> None:
     task = linear_task(metric=lambda output, target: float("nan"))
     with pytest.raises(TaskError, match="the metric on the val split is nan"):

@@ -29,7 +29,7 @@ class Part:
     @property
     def bits_per_weight(self) -> float:
         """Bits of the stream for each weight, pruned ones included; 0 for what is not a layer."""
-        return 8 * self.size_bytes / math.prod(self.shape) if self.shape else 0.0
+        return 8 * self.size_bytes / max(math.prod(self.shape), 1) if self.shape else 0.0
 
     @property
     def zeros_in_words(self) -> str:

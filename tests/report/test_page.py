@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import autocompress as ac
 from autocompress.errors import RunError
@@ -75,6 +76,16 @@ def test_how_honest_selection_was_is_told_in_the_unit_of_the_metric(front: ac.Pa
     base = replace(base, val_accuracy=-5.0, test_accuracy=-5.5)
     told = replace(front, points=points, base=base).report(tmp_path / "page.html").read_text()
     assert "files are 0.5000 better on test" in told
+
+
+def test_a_tensor_without_values_has_its_row(tmp_path: Path) -> None:
+    task = mini.brief_task()
+    model = task.build()
+    model.register_buffer("none_yet", torch.zeros(0, 3))
+    with trials_run_here():
+        front = ac.search(replace(task, model=model), 2, run=tmp_path / "run", workers=1, quiet=True)
+    assert '<td class="left">none_yet<' in (tmp_path / "run" / "report.html").read_text()
+    assert ac.load(front.points[0].path, model).none_yet.shape == (0, 3)
 
 
 def test_names_are_text(front: ac.ParetoFront, tmp_path: Path) -> None:
