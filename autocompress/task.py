@@ -112,8 +112,8 @@ class Task:
         return model.eval()
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """The batches of "train", "val" or "test"; raises TaskError when they cannot be read, or only once, or there are
-        none."""
+        """The batches of "train", "val" or "test"; raises TaskError when there are none, or only once, or reading
+        fails."""
         source = getattr(self, split)
         if isinstance(source, Iterator):
             raise TaskError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from optuna.trial import TrialState
@@ -14,6 +16,7 @@ from autocompress.agent.sampler import FrontierSampler
 from autocompress.agent.samplers import make_sampler
 from autocompress.agent.scheduler import is_dominated
 from autocompress.agent.study import SearchStudy
+from autocompress.errors import AutocompressError, RunError
 from autocompress.files import write_file
 from autocompress.front import ParetoFront, format_accuracy
 from autocompress.trial import Rung, TrialResult, TrialSpec
@@ -72,6 +75,10 @@ class Controller:
                 prefix=".tune-", dir=cluster.scratch(self.prepared.folder), ignore_cleanup_errors=True
             ) as scratch:
                 engine.run_trials(sent, self, _MANY, min(workers, remaining), self.prepared.gpus, Path(scratch))
+            if isinstance(self.refused, AutocompressError):
+                raise RunError(
+                    f"{self.refused} (finished trials are kept: once that is mended, --resume goes on)"
+                ) from self.refused
             if self.refused is not None:
                 raise self.refused
             for trial in self.study.trials(TrialState.RUNNING):
@@ -95,47 +102,51 @@ class Controller:
 
     # ------------------------------------------------------------ Supply
 
-    def next(self) -> TrialSpec | None:
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What goes wrong inside ends the search: Ray would log it and go on, or call it a lost worker."""
         try:
-            spec = None if self._over() else self.study.ask()
-        except Exception as error:  # Ray would call it a lost worker
-            self.refused, spec = error, None
-        if spec is not None:
-            self.log.info(
-                "trial %d: starts from %s",
-                spec.number,
-                "the original" if spec.parent is None else spec.parent,
-            )
-            self._tell("searching")
-        return spec
+            yield
+        except Exception as error:
+            self.refused = self.refused or error
+
+    def next(self) -> TrialSpec | None:
+        spec = None
+        with self._refusing():
+            if self.refused is None and not self._over() and (spec := self.study.ask()) is not None:
+                start = "the original" if spec.parent is None else spec.parent
+                self.log.info("trial %d: starts from %s", spec.number, start)
+                self._tell("searching")
+        return spec if self.refused is None else None
 
     def rung(self, number: int, rung: Rung) -> bool:
-        self.study.rung(number, rung)
-        return is_dominated(self.study, number, rung, self.base.skill)
+        with self._refusing():
+            self.study.rung(number, rung)
+            return is_dominated(self.study, number, rung, self.base.skill)
+        return True
 
     def finished(self, number: int, result: TrialResult) -> None:
-        self.study.tell(number, result)
-        self._keep_pace()
-        self.log.info(
-            "trial %d: %d bytes, validation accuracy %s",
-            number,
-            result.size_bytes,
-            format_accuracy(result.val_accuracy),
-        )
-        self.results.keep()
-        self._tell("searching")
+        with self._refusing():
+            self.study.tell(number, result)
+            self._keep_pace()
+            accuracy = format_accuracy(result.val_accuracy)
+            self.log.info("trial %d: %d bytes, validation accuracy %s", number, result.size_bytes, accuracy)
+            self.results.keep()
+            self._tell("searching")
 
     def stopped(self, number: int) -> None:
-        self.study.prune(number)
-        self.log.info("trial %d: stopped at its rung, clearly dominated", number)
-        self._tell("searching")
+        with self._refusing():
+            self.study.prune(number)
+            self.log.info("trial %d: stopped at its rung, clearly dominated", number)
+            self._tell("searching")
 
     def failed(self, number: int, reason: str) -> None:
-        self.study.fail(number, reason)
-        self.failures += 1
-        write_file(self.workshop.trial_folder(number) / "error.txt", reason.encode())
-        self.log.warning("trial %d failed: %s", number, reason.strip().splitlines()[-1])
-        self._tell("searching")
+        with self._refusing():
+            self.study.fail(number, reason)
+            self.failures += 1
+            write_file(self.workshop.trial_folder(number) / "error.txt", reason.encode())
+            self.log.warning("trial %d failed: %s", number, reason.strip().splitlines()[-1])
+            self._tell("searching")
 
     def lost(self, number: int) -> None:
         again = "; its recipe is run again" if self.study.lose(number) else ""

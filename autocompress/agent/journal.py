@@ -10,6 +10,8 @@ from typing import Any
 
 from optuna.storages.journal import JournalFileBackend
 
+from autocompress.errors import RunError
+
 
 class Journal(JournalFileBackend):
     """The file at `path`, for one process at a time. What a crash cut short at its end is dropped."""
@@ -35,7 +37,10 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         if self._held is None:
-            super().append_logs(logs)
+            try:
+                super().append_logs(logs)
+            except OSError as error:
+                raise RunError(f"cannot write {self._file_path!r}: {error.strerror or error}") from error
             self._written += len(logs)
         else:
             self._held += json.loads(json.dumps(logs))  # as they will be read from the file

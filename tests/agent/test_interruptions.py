@@ -14,9 +14,10 @@ import pytest
 
 import autocompress as ac
 from autocompress.agent import controller, engine
+from autocompress.agent.results import Results
 from autocompress.agent.run_folder import create_run
 from autocompress.agent.sampler import FrontierSampler
-from autocompress.errors import RunError
+from autocompress.errors import ArtifactError, RunError
 from tests import mini
 from tests.conftest import trials_run_here
 
@@ -76,6 +77,27 @@ def test_what_the_sampler_raises_is_told_and_the_search_resumes(
 
         broken.setattr(FrontierSampler, "propose", propose_two)
         with pytest.raises(ZeroDivisionError, match="no third"):
+            ac.search("tests.mini:task", 4, run=tmp_path / "run", workers=1)
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 2
+    assert len(ac.resume(tmp_path / "run")) >= 1
+    assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_disk_that_is_full_ends_the_search_which_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as full:
+        keep, kept = Results.keep, list[Results]()
+
+        def keep_one(self: Results) -> None:
+            if kept:
+                raise ArtifactError("cannot write 'front.json': No space left on device")
+            kept.append(self)
+            keep(self)
+
+        full.setattr(Results, "keep", keep_one)
+        with pytest.raises(
+            RunError, match=r"^cannot write .* left on device \(finished trials are kept: .*--resume goes on"
+        ):
             ac.search("tests.mini:task", 4, run=tmp_path / "run", workers=1)
     assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 2
     assert len(ac.resume(tmp_path / "run")) >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from optuna.storages import JournalStorage
 from autocompress.agent.journal import Journal
 from autocompress.agent.profile import Profile
 from autocompress.agent.study import JOURNAL
+from autocompress.errors import RunError
 from tests.agent.conftest import Outcome, drive
 from tests.agent.test_study import study_of
 
@@ -32,6 +34,16 @@ def test_an_ask_waits_for_the_disk_once(
     assert len(waits) == 1
     study.tell(spec.number, outcome(spec))
     assert len(waits) == 3, "its attributes, and its values"
+
+
+def test_a_full_disk_is_one_sentence(profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    study = study_of(tmp_path, profile)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=f"^cannot write '.*{JOURNAL}': No space left on device$"):
+        study.ask()
 
 
 def test_what_was_written_at_once_is_read_again(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
