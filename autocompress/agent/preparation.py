@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -23,7 +24,7 @@ from autocompress.agent.profile_cache import measured_profile
 from autocompress.agent.run_folder import BASE, LOG, PROFILE
 from autocompress.allocator import return_freed_memory
 from autocompress.chance import chance_accuracy
-from autocompress.errors import TargetError
+from autocompress.errors import RunError, TargetError, in_words
 from autocompress.files import write_file
 from autocompress.front import Base, format_accuracy
 from autocompress.probing import MANY_PROBES, choice_count, needed_choices
@@ -148,7 +149,14 @@ class Preparation:
         path = self.folder / BASE
         if path.is_file():
             model = self.task.build()
-            assign(model, load_file(path))
+            try:
+                weights = load_file(path)
+            except (OSError, SafetensorError) as error:
+                raise RunError(
+                    f"{str(path)!r} cannot be read: {in_words(error)}: put the original's weights back, or start a new "
+                    "run"
+                ) from error
+            assign(model, weights)
             return model
         model = trained(self.task, self.seed, self.tell)
         write_file(path, save({key: value.cpu().contiguous().clone() for key, value in tensors(model).items()}))
@@ -172,7 +180,9 @@ class Preparation:
 
     def _profile(self) -> Profile:
         path = self.folder / PROFILE
-        if not path.is_file():
+        try:
+            measured = json.loads(path.read_text())
+        except (OSError, ValueError):  # not there yet, or broken
             self.cluster.start(self.workers)
             seconds = self.workshop.probe_seconds()
             threads = 1 if self.gpus else torch.get_num_threads()  # a worker has one, this process all of this machine
@@ -181,7 +191,7 @@ class Preparation:
             probes = int(min(MANY_PROBES, worth, _PROFILE_SHARE * self.pace.left() / seconds))
             measured = measured_profile(self.workshop, lambda: self._measure_profile(probes, seconds), probes)
             write_file(path, json.dumps(measured).encode())
-        return Profile(self.space, self.workshop.anatomy, json.loads(path.read_text()))
+        return Profile(self.space, self.workshop.anatomy, measured)
 
     def _measure_profile(self, probes: int, seconds: float) -> dict[str, Any]:
         """seconds: that one probe takes."""

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autocompress.agent.candidate import ATTRIBUTES
 from autocompress.agent.journal import Journal
 from autocompress.agent.sampler import FrontierSampler, distributions
-from autocompress.errors import RunError
+from autocompress.errors import RunError, in_words
 from autocompress.space import BoundSpace
 from autocompress.trial import Rung, TrialResult, TrialSpec
 
@@ -45,13 +45,19 @@ class SearchStudy:
         except OSError:
             raise RunError(f"run {str(folder)!r} is in use by another process: wait for it or stop it") from None
         self._journal = Journal(folder / JOURNAL)
-        self.study = optuna.create_study(
-            storage=JournalStorage(self._journal),
-            study_name=STUDY_NAME,
-            directions=["minimize", "maximize"],
-            sampler=sampler,
-            load_if_exists=True,
-        )
+        try:
+            self.study = optuna.create_study(
+                storage=JournalStorage(self._journal),
+                study_name=STUDY_NAME,
+                directions=["minimize", "maximize"],
+                sampler=sampler,
+                load_if_exists=True,
+            )
+        except ValueError as error:
+            self._lock.close()
+            raise RunError(
+                f"{str(folder / JOURNAL)!r} cannot be read: {in_words(error)}: put it back, or start a new run"
+            ) from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.study.set_metric_names(["size_bytes", "val_accuracy"])

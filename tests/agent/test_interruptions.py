@@ -104,6 +104,22 @@ def test_a_disk_that_is_full_ends_the_search_which_resumes(tmp_path: Path, monke
     assert len(list((tmp_path / "run").glob("trials/*/model.acz"))) == 4
 
 
+@pytest.mark.usefixtures("without_ray")
+def test_a_run_folder_that_was_damaged_is_told_or_mended(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    front = ac.search("tests.mini:task", 2, run=run, workers=1, quiet=True).to_json()
+    for name in ("base.safetensors", "study.journal"):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(b"\xff\n" * 20)
+        with pytest.raises(RunError, match=rf"{name}' cannot be read: .* or start a new run"):
+            ac.resume(run, quiet=True)
+        (run / name).write_bytes(whole)
+    whole = (run / "profile.json").read_bytes()
+    (run / "profile.json").write_bytes(whole[:999])
+    assert ac.resume(run, quiet=True).to_json() == front
+    assert (run / "profile.json").read_bytes() == whole
+
+
 def started(run: Path, trials: int, *options: str) -> subprocess.Popen[str]:
     """A search in a process group of its own, when so many of its 6 slow trials are finished."""
     command = [sys.executable, "-m", "autocompress", "search", "--quiet", "--workers", "1", *options]
