@@ -149,8 +149,9 @@ class Controller:
             self._tell("searching")
 
     def lost(self, number: int) -> None:
-        again = "; its recipe is run again" if self.study.lose(number) else ""
-        self.failed(number, f"the worker died: killed, out of memory, or its node was lost{again}")
+        with self._refusing():
+            again = "; its recipe is run again" if self.study.lose(number) else ""
+            self.failed(number, f"the worker died: killed, out of memory, or its node was lost{again}")
 
     def _tell(self, phase: str) -> None:
         self.prepared.tell(

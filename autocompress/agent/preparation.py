@@ -180,9 +180,8 @@ class Preparation:
 
     def _profile(self) -> Profile:
         path = self.folder / PROFILE
-        try:
-            measured = json.loads(path.read_text())
-        except (OSError, ValueError):  # not there yet, or broken
+        measured = _read(path)
+        if measured is None:
             self.cluster.start(self.workers)
             seconds = self.workshop.probe_seconds()
             threads = 1 if self.gpus else torch.get_num_threads()  # a worker has one, this process all of this machine
@@ -210,6 +209,15 @@ class Preparation:
             self.log.warning("the profile is measured here, not by workers:\n%s", traceback.format_exc())
             return self.workshop.base_profile(progress, probes)
         return self.workshop.joined_profile(parts)
+
+
+def _read(profile: Path) -> dict[str, Any] | None:
+    """None where it is not there yet, or broken."""
+    try:
+        measured: dict[str, Any] = json.loads(profile.read_text())
+    except (OSError, ValueError):
+        return None
+    return measured
 
 
 def _open_log(folder: Path) -> logging.Logger:
