@@ -20,7 +20,7 @@ from autocompress.agent import engine
 from autocompress.agent.pace import Pace
 from autocompress.agent.payload import payload
 from autocompress.agent.profile import Profile
-from autocompress.agent.profile_cache import measured_profile
+from autocompress.agent.profile_cache import known_profile, measured_profile
 from autocompress.agent.run_folder import BASE, LOG, PROFILE
 from autocompress.allocator import return_freed_memory
 from autocompress.chance import chance_accuracy
@@ -180,7 +180,7 @@ class Preparation:
 
     def _profile(self) -> Profile:
         path = self.folder / PROFILE
-        measured = _read(path)
+        measured = known_profile(path)
         if measured is None:
             self.cluster.start(self.workers)
             seconds = self.workshop.probe_seconds()
@@ -209,15 +209,6 @@ class Preparation:
             self.log.warning("the profile is measured here, not by workers:\n%s", traceback.format_exc())
             return self.workshop.base_profile(progress, probes)
         return self.workshop.joined_profile(parts)
-
-
-def _read(profile: Path) -> dict[str, Any] | None:
-    """None where it is not there yet, or broken."""
-    try:
-        measured: dict[str, Any] = json.loads(profile.read_text())
-    except (OSError, ValueError):
-        return None
-    return measured
 
 
 def _open_log(folder: Path) -> logging.Logger:

@@ -33,18 +33,24 @@ def measured_profile(
     """What `measure` (`workshop.base_profile` by default) gives, from the cache where the same was measured before, by
     as many choices as `probes` allow."""
     path = _folder() / f"{_digest(workshop)}.json"
-    try:
-        known: dict[str, Any] = json.loads(path.read_text())
-        if known["probes"] >= choice_count(needed_choices(workshop.space, workshop.anatomy, probes)):
-            return known
-    except (OSError, ValueError):
-        pass
+    known = known_profile(path)
+    if known and known["probes"] >= choice_count(needed_choices(workshop.space, workshop.anatomy, probes)):
+        return known
     measured = (measure or workshop.base_profile)()
     try:
         write_file(path, json.dumps(measured).encode())
     except ArtifactError as error:  # no home, or a full one: measured again the next time
         logging.getLogger("autocompress").info("the profile was not kept in %s: %s", path, error)
     return measured
+
+
+def known_profile(path: Path) -> dict[str, Any] | None:
+    """What is in a file of a profile; None where it is not there, or broken."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return known
 
 
 def _folder() -> Path:
