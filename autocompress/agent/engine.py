@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,8 +43,11 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "PL_DISABLE_FORK": "1",  # as Tune has it
 }
 LOOPBACK = "127.0.0.1"
+_IMPORTED = {"RAY_preload_python_modules": "autocompress.agent.tuning,torch._dynamo"}
+"""By workers, while they wait for work; every optimiser of torch imports the second."""
 _PATIENCE = 120
 """Seconds in which a node must answer; its first worker may have to import torch from a slow disk."""
 
@@ -175,6 +178,8 @@ def start_ray(workers: int) -> Connection:
     if not _PRIVATE.acquire(blocking=False):
         raise RunError("another search of this process is running: wait for its end, or search in a process of its own")
     os.environ.update(_SETTINGS)
+    if not torch.cuda.is_available():  # what looks for GPUs when it is imported would see those of others
+        os.environ.update(_IMPORTED)
     folder = Path(tempfile.mkdtemp(prefix="acz-", dir="/tmp" if Path("/tmp").is_dir() else None))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
     import ray
@@ -355,10 +360,22 @@ def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpu
     before = log.level
     log.setLevel(logging.ERROR)  # as in a private Ray: it misses files that nobody needs
     try:
-        tuner.fit()
+        with _waiting_workers() if _PRIVATE.locked() else nullcontext():
+            tuner.fit()
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception:
         logging.getLogger("autocompress").warning("a Tune run ended early:\n%s", traceback.format_exc())
     finally:
         log.setLevel(before)
+
+
+@contextmanager
+def _waiting_workers() -> Iterator[None]:
+    """Trials take the processes of a private Ray that wait for work. Tune asks for ones with certain variables, which
+    all of them have, but Ray would start others for it, which takes seconds."""
+    with ExitStack() as stack:
+        with suppress(ImportError, AttributeError):  # a Tune that does not ask
+            for asked in ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE"):
+                stack.enter_context(mock.patch(f"ray.tune.execution.class_cache.{asked}", {}))
+        yield

@@ -37,8 +37,8 @@ from autocompress.task import Task, check_task, fastest_device, measure
 from autocompress.trial import Workshop
 
 PROFILING = "profiling every choice"
-WORTH_WORKERS = 10
-"""Seconds that a profile takes at least, for workers to be started to measure it."""
+WORTH_WORKERS = 20
+"""Seconds that a profile takes at least, for workers to be started to measure it: the trials then wait for others."""
 _PROFILE_SHARE = 0.25
 """Of the time that is left, which the profile may take."""
 _FEW_PROBES, _OF_TRIALS = 400, 0.1

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import cloudpickle
 import pytest
+import torch
 from ray.tune.utils.object_cache import _ObjectCache
 
-from autocompress.agent.engine import run_trials, start_ray
+from autocompress.agent.engine import Connection, run_trials, start_ray
 from autocompress.agent.tuning import Rungs
 from autocompress.errors import RunError
 from autocompress.trial import TrialResult, TrialSpec
@@ -28,22 +31,46 @@ def listening_elsewhere() -> set[str]:
     return {row[1] for row in rows if row[3] == "0A" and not row[1].startswith(loopback)}
 
 
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux only")
-def test_nothing_listens_beyond_loopback(capfd: pytest.CaptureFixture[str]) -> None:
-    import ray
+linux = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux only")
 
-    before = listening_elsewhere()
-    connection = start_ray(1)
-    try:
-        with pytest.raises(RunError, match="another search of this process is running"):
-            start_ray(1)
-        assert ray.get(ray.remote(lambda: 41 + 1).remote()) == 42
-        assert listening_elsewhere() <= before
-    finally:
-        connection.close()
+
+@pytest.fixture(scope="module")
+def listened() -> set[str]:
+    """What listened elsewhere before there was a Ray."""
+    return listening_elsewhere()
+
+
+@pytest.fixture(scope="module")
+def private(listened: set[str]) -> Iterator[Connection]:
+    """A Ray for two workers, which leaves nothing behind."""
+    connection = start_ray(2)
+    yield connection
+    connection.close()
     assert connection.folder
     assert not connection.folder.exists()
-    assert capfd.readouterr() == ("", "")
+
+
+def waiting() -> set[int]:
+    """Processes of Ray workers of this process that have nothing to do."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            title = (status.parent / "cmdline").read_bytes()
+            if title.startswith(b"ray::IDLE") and parent_of(parent_of(int(status.parent.name))) == os.getpid():
+                found.add(int(status.parent.name))
+    return found
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@linux
+@pytest.mark.usefixtures("private")
+def test_nothing_listens_beyond_loopback(listened: set[str]) -> None:
+    with pytest.raises(RunError, match="another search of this process is running"):
+        start_ray(1)
+    assert listening_elsewhere() <= listened
 
 
 def test_workers_are_kept_for_trials_to_come() -> None:
@@ -64,14 +91,14 @@ class Instant:
 
     def run(self, spec: TrialSpec) -> Iterator[TrialResult]:
         time.sleep(0.05)
-        yield TrialResult(os.getpid(), 0.0, 0.0, 0.05)
+        yield TrialResult(os.getpid(), float("torch._dynamo" in sys.modules), 0.0, 0.05)
 
 
 class Endless:
     """Supplies trials until two workers have run some, or twenty seconds are over."""
 
     def __init__(self) -> None:
-        self.asked, self.processes, self.began = 0, set[int](), time.monotonic()
+        self.asked, self.processes, self.began = 0, dict[int, float](), time.monotonic()
 
     def next(self) -> TrialSpec | None:
         self.asked += 1
@@ -81,16 +108,19 @@ class Endless:
     def finished(self, number: int, result: TrialResult) -> None:
         if not self.processes:
             self.began = time.monotonic()
-        self.processes.add(result.size_bytes)
+        self.processes[result.size_bytes] = result.val_accuracy
 
 
-def test_a_worker_that_starts_late_is_not_given_up(tmp_path: Path) -> None:
+@linux
+@pytest.mark.usefixtures("private")
+def test_trials_run_in_all_processes_that_wait_also_in_one_that_is_late(tmp_path: Path) -> None:
     """Trials that are shorter than the start of a worker are run by all workers, too."""
     (tmp_path / "ready").mkdir()
-    connection, supply = start_ray(2), Endless()
-    try:
-        payload = cloudpickle.dumps(lambda: Instant(tmp_path / "ready"))
-        run_trials(payload, supply, 10_000, 2, 0.0, tmp_path)
-    finally:
-        connection.close()
-    assert len(supply.processes) == 2
+    deadline = time.monotonic() + 60
+    while len(waiting()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    there, supply = waiting(), Endless()
+    run_trials(cloudpickle.dumps(lambda: Instant(tmp_path / "ready")), supply, 10_000, 2, 0.0, tmp_path)
+    assert len(there) == 2
+    assert set(supply.processes) == there
+    assert all(supply.processes.values()) or torch.cuda.is_available(), "they have imported what trials need"
