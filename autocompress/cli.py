@@ -209,10 +209,13 @@ def _print_asked(front: ParetoFront) -> None:
 
 def _print_front(front: ParetoFront) -> None:
     from autocompress.report.table import overfitting_sentence
+    from autocompress.report.trials import failure_sentences
 
     out.print(front.table())
     if measured := overfitting_sentence(front):
         out.print(measured, highlight=False, soft_wrap=True)
+    for sentence in failure_sentences(front.folder):
+        err.print(sentence, style="yellow", highlight=False, soft_wrap=True)
 
 
 @app.command()

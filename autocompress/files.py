@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the names of those of a trial."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import tempfile
 from pathlib import Path
 
 from autocompress.errors import ArtifactError
+
+ARTIFACT, CHECKPOINT = "model.acz", "checkpoint.safetensors"
+RECIPE, METRICS, ERROR = "recipe.json", "metrics.json", "error.txt"
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -23,7 +23,7 @@ from autocompress.artifact import pack, read_artifact, unpack
 from autocompress.chance import loss_unit
 from autocompress.compression import Candidate, activation_modules
 from autocompress.errors import in_words
-from autocompress.files import write_file
+from autocompress.files import ARTIFACT, CHECKPOINT, METRICS, RECIPE, write_file
 from autocompress.memory_format import put_channels_last
 from autocompress.probing import (
     MANY_PROBES,
@@ -48,12 +48,6 @@ from autocompress.techniques.base import TrainingTechnique, maskings, only_train
 from autocompress.training import fine_tune, step_costs, try_autocast
 from autocompress.views import Samples
 
-ARTIFACT, CHECKPOINT, RECIPE, METRICS = (
-    "model.acz",
-    "checkpoint.safetensors",
-    "recipe.json",
-    "metrics.json",
-)
 _CALIBRATION, _CLASSES, _MOST_WORTH = 192, 32, 24
 """Samples on which choices are probed. One of many targets, such as a text that is predicted word by word, counts once
 for every so many of them, and so often at most."""

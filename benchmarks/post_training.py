@@ -28,10 +28,10 @@ from autocompress.agent.sampler import distributions
 from autocompress.agent.samplers import make_sampler
 from autocompress.artifact import load
 from autocompress.chance import chance_accuracy
+from autocompress.files import ARTIFACT
 from autocompress.front import Base, non_dominated
 from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
-from autocompress.trial import ARTIFACT
 
 TASKS = {
     "digits": "benchmarks.tasks:digits_short",

@@ -51,10 +51,10 @@ from autocompress.agent.sampler import distributions
 from autocompress.agent.samplers import make_sampler
 from autocompress.artifact import load
 from autocompress.chance import chance_accuracy
+from autocompress.files import ARTIFACT
 from autocompress.front import Base, hypervolume, non_dominated
 from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
-from autocompress.trial import ARTIFACT
 
 RESULTS = Path(__file__).parent / "results" / "search"
 TASKS = {

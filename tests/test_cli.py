@@ -22,9 +22,8 @@ from tests.conftest import trials_run_here
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one finished run, runs/demo, made by the command itself."""
     folder = tmp_path_factory.mktemp("cli")
-    done = process(
-        folder, "search", "--task", "tests.mini:brief_task", "--budget", "6", "--run", "demo", "--max-size", "1MB"
-    )
+    options = "--task tests.mini:brief_task --budget 6 --workers 1 --run demo --max-size 1MB"
+    done = process(folder, "search", *options.split())
     assert done.returncode == 0, done.stderr
     (folder / "search.out").write_text(done.stdout)
     (folder / "search.err").write_text(done.stderr)
@@ -190,6 +189,7 @@ def test_version_and_help() -> None:
         assert "Usage: " in shown.stdout
 
 
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

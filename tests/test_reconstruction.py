@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import autocompress as ac
 from autocompress.artifact import load
 from autocompress.compression import Candidate
+from autocompress.files import ARTIFACT
 from autocompress.matrix import MOST_ROWS
 from autocompress.recipe import Recipe
 from autocompress.reconstruction import _damping, _Fit, _refitted, reconstruct
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
-from autocompress.trial import ARTIFACT, Workshop
+from autocompress.trial import Workshop
 from tests.conftest import ZOO, small_digits, zoo_task
 
 Choices = dict[str, Any]

@@ -18,13 +18,14 @@ from autocompress.artifact import load, pack
 from autocompress.compression import Candidate
 from autocompress.divergence import class_dimension, divergence
 from autocompress.errors import TaskError
+from autocompress.files import CHECKPOINT, METRICS
 from autocompress.rate import RateModel
 from autocompress.recipe import Recipe
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task, measure
 from autocompress.techniques.base import IntegerCoding
 from autocompress.training import fine_tune
-from autocompress.trial import CHECKPOINT, METRICS, Rung, TrialResult, TrialSpec, Workshop
+from autocompress.trial import Rung, TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits, workshop_of, zoo_task
 
 

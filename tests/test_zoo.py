@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from autocompress.artifact import load, read_artifact
 from autocompress.compression import Candidate
+from autocompress.files import ARTIFACT
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
 from autocompress.task import Task, measure
-from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
+from autocompress.trial import TrialResult, TrialSpec, Workshop
 
 SPACE = SearchSpace.parse(
     """

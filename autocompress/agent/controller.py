@@ -17,7 +17,7 @@ from autocompress.agent.samplers import make_sampler
 from autocompress.agent.scheduler import is_dominated
 from autocompress.agent.study import SearchStudy
 from autocompress.errors import AutocompressError, RunError
-from autocompress.files import write_file
+from autocompress.files import ERROR, write_file
 from autocompress.front import ParetoFront, format_accuracy
 from autocompress.trial import Rung, TrialResult, TrialSpec
 
@@ -144,7 +144,7 @@ class Controller:
         with self._refusing():
             self.study.fail(number, reason)
             self.failures += 1
-            write_file(self.workshop.trial_folder(number) / "error.txt", reason.encode())
+            write_file(self.workshop.trial_folder(number) / ERROR, reason.encode())
             self.log.warning("trial %d failed: %s", number, reason.strip().splitlines()[-1])
             self._tell("searching")
 

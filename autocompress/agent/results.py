@@ -11,10 +11,10 @@ from autocompress.agent.run_folder import REPORT
 from autocompress.agent.study import SearchStudy
 from autocompress.artifact import load
 from autocompress.errors import RunError
-from autocompress.files import write_file
+from autocompress.files import ARTIFACT, CHECKPOINT, RECIPE, write_file
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
 from autocompress.task import measure
-from autocompress.trial import ARTIFACT, CHECKPOINT, RECIPE, Workshop
+from autocompress.trial import Workshop
 
 
 @dataclass(frozen=True)

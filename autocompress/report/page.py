@@ -19,7 +19,7 @@ from autocompress.front import ParetoFront, format_accuracy
 from autocompress.report.inside import Part, parts
 from autocompress.report.plot import plot_front, plot_trials
 from autocompress.report.table import overfitting_sentence
-from autocompress.report.trials import read_trials
+from autocompress.report.trials import failure_sentences, read_trials
 from autocompress.sizes import format_size
 
 _CLOSE = 0.01
@@ -57,6 +57,7 @@ def write_page(front: ParetoFront, path: Path) -> Path:
         tell=_tell,
         overfitting=overfitting_sentence(front),
         trials=trials,
+        failures=failure_sentences(front.folder),
         worked=duration(sum(trial.seconds for trial in trials)),
         pictures=[_svg(lambda at: plot_front(front, at)), _svg(lambda at: plot_trials(front, trials, at))],
         config=config.read_text() if config.is_file() else "",

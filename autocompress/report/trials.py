@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autocompress.errors import RunError, in_words
-from autocompress.trial import METRICS
+from autocompress.files import ERROR, METRICS, RECIPE
+from autocompress.recipe import Recipe
+
+_FEW = 3
+"""Choices that are worth naming: more of them explain nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,28 @@ def read_trials(folder: Path) -> list[Trial]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{str(path)!r} cannot be read: {in_words(error)}") from error
     return sorted(trials, key=lambda trial: trial.number)
+
+
+def failure_sentences(folder: Path) -> list[str]:
+    """What trials failed of, most of them first, and what they have in common that no finished trial has."""
+    finished = {choice for path in (folder / "trials").glob(f"*/{METRICS}") for choice in _choices(path.parent)}
+    failed: dict[str, list[Path]] = {}
+    for path in (folder / "trials").glob(f"*/{ERROR}"):
+        if not (path.parent / METRICS).is_file():
+            failed.setdefault(path.read_text().strip().splitlines()[-1].strip(), []).append(path.parent)
+    sentences = []
+    for reason, trials in sorted(failed.items(), key=lambda item: (-len(item[1]), item[0])):
+        numbers = ", ".join(map(str, sorted(int(trial.name) for trial in trials)))
+        told = f"trial {numbers} failed" if len(trials) == 1 else f"{len(trials)} trials failed ({numbers})"
+        shared = sorted(set.intersection(*map(_choices, trials)) - finished)
+        found = f"; no finished trial has {' or '.join(shared)}" if 0 < len(shared) <= _FEW else ""
+        sentences.append(f"{told}: {reason}{found}")
+    return sentences
+
+
+def _choices(trial: Path) -> set[str]:
+    """Those of its recipe, as "site:dimension = choice"; none where its worker had not even begun."""
+    if not (trial / RECIPE).is_file():
+        return set()
+    recipe = Recipe.from_json(json.loads((trial / RECIPE).read_text()))
+    return {f"{key} = {choice}" for key, choice in recipe.as_dict().items()}

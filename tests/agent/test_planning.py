@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from autocompress.agent.planner import plan
 from autocompress.agent.profile import Profile
+from autocompress.files import ARTIFACT
 from autocompress.searching import profile as profile_of
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.trial import ARTIFACT, TrialResult, TrialSpec, Workshop
+from autocompress.trial import TrialResult, TrialSpec, Workshop
 from benchmarks.proposals import made_up
 from tests.conftest import small_digits, workshop_of, zoo_task
 

@@ -85,9 +85,13 @@ def test_the_front_is_made_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert more.best().val_accuracy >= front.best().val_accuracy
 
 
-def test_one_worker_and_one_seed_give_one_front(tmp_path: Path) -> None:
+def test_one_worker_and_one_seed_give_one_front_also_of_a_task_that_reads_files_of_the_current_folder(
+    in_tmp: Path,
+) -> None:
+    torch.save(mini.task().build().state_dict(), "weights.pt")
+
     def written(name: str) -> dict[str, Any]:
-        front = ac.search(mini.task(), 5, run=tmp_path / name, workers=1, seed=3).to_json()
+        front = ac.search("tests.mini:task_from_a_file", 5, run=name, workers=1, seed=3).to_json()
         for point in front["front"]:
             del point["seconds"]
         return front
@@ -97,12 +101,7 @@ def test_one_worker_and_one_seed_give_one_front(tmp_path: Path) -> None:
         assert written("b") == elsewhere
 
 
-def test_a_task_may_read_files_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save(mini.task().build().state_dict(), "weights.pt")
-    assert len(ac.search("tests.mini:task_from_a_file", 2, run="run", workers=1)) >= 1
-
-
+@pytest.mark.usefixtures("without_ray")
 def test_impossible_wishes_are_refused_before_any_trial(tmp_path: Path) -> None:
     for wish, message in (
         ({"max_size": "10B"}, "the smallest is about"),

@@ -12,7 +12,7 @@ import torch
 
 import autocompress as ac
 from autocompress.errors import RunError
-from autocompress.report.trials import read_trials
+from autocompress.report.trials import failure_sentences, read_trials
 from tests import mini
 from tests.conftest import trials_run_here
 
@@ -48,6 +48,31 @@ def test_the_trials_are_those_of_the_run(front: ac.ParetoFront) -> None:
             point.val_accuracy,
             point.parent,
         )
+
+
+def test_what_failed_trials_alone_have_is_told(front: ac.ParetoFront, tmp_path: Path) -> None:
+    def trial(number: int, weights: str, **files: str) -> None:
+        folder = tmp_path / "trials" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "recipe.json").write_text(json.dumps({"head": {"weights": weights}, "stem": {"sparsity": 0.5}}))
+        for name, text in files.items():
+            (folder / name.replace("_", ".")).write_text(text)
+
+    trial(0, "int8", metrics_json='{"size_bytes": 9, "val_accuracy": 0.5, "parent": null, "seconds": 1}')
+    for number in (2, 10):
+        trial(number, "int2", error_txt="Traceback\n  ValueError: no bits\n")
+    trial(3, "int8", error_txt="the worker died")
+    (tmp_path / "trials" / "4").mkdir()
+    (tmp_path / "trials" / "4" / "error.txt").write_text("no payload")
+    told = failure_sentences(tmp_path)
+    assert told == [
+        "2 trials failed (2, 10): ValueError: no bits; no finished trial has head:weights = int2",
+        "trial 4 failed: no payload",
+        "trial 3 failed: the worker died",
+    ]
+    page = replace(front, folder=tmp_path).report(tmp_path / "page.html").read_text()
+    assert all(sentence in page for sentence in told)
+    assert failure_sentences(front.folder) == []
 
 
 def test_links_lead_to_the_files_from_anywhere(front: ac.ParetoFront, tmp_path: Path) -> None:
