@@ -48,6 +48,9 @@ _SETTINGS = {
 LOOPBACK = "127.0.0.1"
 _IMPORTED = {"RAY_preload_python_modules": "autocompress.agent.tuning,torch._dynamo"}
 """By workers, while they wait for work; every optimiser of torch imports the second."""
+_UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Processes of a private Ray that would take seconds, memory and a port, and serve no one: what adds machines, what
+passes logs on, and the dashboard."""
 _PATIENCE = 120
 """Seconds in which a node must answer; its first worker may have to import torch from a slow disk."""
 
@@ -185,8 +188,11 @@ def start_ray(workers: int) -> Connection:
     import ray
 
     try:
-        # left to itself, Ray rewrites a loopback address to the host's own and listens on every interface
-        with mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host):
+        with ExitStack() as patched:
+            # left to itself, Ray rewrites a loopback address to the host's own and listens on every interface
+            patched.enter_context(mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host))
+            for unused in _UNUSED:
+                patched.enter_context(mock.patch(f"ray._private.node.Node.{unused}"))
             ray.init(
                 address="local",
                 num_cpus=workers,

@@ -207,7 +207,7 @@ class FrontierSampler(BaseSampler):
 
     def _doubtful(self, proposal: Proposal) -> bool:
         """Whether it would fail again, or has a choice to keep away from."""
-        if proposal.chosen is None or proposal.parent is None:
+        if not self._suspects.failed or proposal.chosen is None or proposal.parent is None:
             return False
         asked = proposal.parent.as_asked(proposal.chosen)
         return asked in self._suspects.failed or not self.moves.avoided.isdisjoint(asked.items())
