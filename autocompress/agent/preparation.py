@@ -6,7 +6,8 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ from autocompress.task import Task, check_task, fastest_device, measure
 from autocompress.trial import Workshop
 
 PROFILING = "profiling every choice"
-WORTH_WORKERS = 20
-"""Seconds that a profile takes at least, for workers to be started to measure it: the trials then wait for others."""
+WORTH_WORKERS = 15
+"""Seconds that a profile would take here at least, for workers to measure it: the trials then wait for others."""
 _PROFILE_SHARE = 0.25
 """Of the time that is left, which the profile may take."""
 _FEW_PROBES, _OF_TRIALS = 400, 0.1
@@ -183,17 +184,19 @@ class Preparation:
         measured = known_profile(path)
         if measured is None:
             self.cluster.start(self.workers)
-            seconds = self.workshop.probe_seconds()
-            threads = 1 if self.gpus else torch.get_num_threads()  # a worker has one, this process all of this machine
-            seconds *= min(1.0, threads / self.workers)
-            worth = max(_FEW_PROBES, _OF_TRIALS * int(self.settings["budget"]) * self.workshop.trial_probes())
-            probes = int(min(MANY_PROBES, worth, _PROFILE_SHARE * self.pace.left() / seconds))
-            measured = measured_profile(self.workshop, lambda: self._measure_profile(probes, seconds), probes)
+            with _threads(max(1, torch.get_num_threads() - self.workers)) as threads:  # whose start takes the others
+                seconds = self.workshop.probe_seconds()
+                worth = max(_FEW_PROBES, _OF_TRIALS * int(self.settings["budget"]) * self.workshop.trial_probes())
+                allowed = _PROFILE_SHARE * self.pace.left()
+                if allowed >= WORTH_WORKERS:  # a worker has one thread
+                    allowed *= max(1.0, self.workers / (1 if self.gpus else threads))
+                probes = int(min(MANY_PROBES, worth, allowed / seconds))
+                measured = measured_profile(self.workshop, lambda: self._measure_profile(probes, seconds), probes)
             write_file(path, json.dumps(measured).encode())
         return Profile(self.space, self.workshop.anatomy, measured)
 
     def _measure_profile(self, probes: int, seconds: float) -> dict[str, Any]:
-        """seconds: that one probe takes."""
+        """seconds: that one probe takes here."""
 
         def progress(share: float) -> None:
             self.tell(f"{PROFILING}: {100 * share:.0f}%")
@@ -209,6 +212,17 @@ class Preparation:
             self.log.warning("the profile is measured here, not by workers:\n%s", traceback.format_exc())
             return self.workshop.base_profile(progress, probes)
         return self.workshop.joined_profile(parts)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    """So many are torch's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def _open_log(folder: Path) -> logging.Logger:
