@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def failure_sentences(folder: Path) -> list[str]:
     failed: dict[str, list[Path]] = {}
     for path in (folder / "trials").glob(f"*/{ERROR}"):
         if not (path.parent / METRICS).is_file():
-            failed.setdefault(path.read_text().strip().splitlines()[-1].strip(), []).append(path.parent)
+            last = path.read_text().strip().splitlines()[-1]
+            failed.setdefault(re.sub(r"^\s*(\w+\.)*", "", last), []).append(path.parent)  # of what module is no matter
     sentences = []
     for reason, trials in sorted(failed.items(), key=lambda item: (-len(item[1]), item[0])):
         numbers = ", ".join(map(str, sorted(int(trial.name) for trial in trials)))

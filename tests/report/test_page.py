@@ -60,7 +60,7 @@ def test_what_failed_trials_alone_have_is_told(front: ac.ParetoFront, tmp_path: 
 
     trial(0, "int8", metrics_json='{"size_bytes": 9, "val_accuracy": 0.5, "parent": null, "seconds": 1}')
     for number in (2, 10):
-        trial(number, "int2", error_txt="Traceback\n  ValueError: no bits\n")
+        trial(number, "int2", error_txt="Traceback\n  some.errors.ValueError: no bits\n")
     trial(3, "int8", error_txt="the worker died")
     (tmp_path / "trials" / "4").mkdir()
     (tmp_path / "trials" / "4" / "error.txt").write_text("no payload")
