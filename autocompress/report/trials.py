@@ -45,8 +45,9 @@ def failure_sentences(folder: Path) -> list[str]:
     failed: dict[str, list[Path]] = {}
     for path in (folder / "trials").glob(f"*/{ERROR}"):
         if not (path.parent / METRICS).is_file():
-            last = path.read_text().strip().splitlines()[-1]
-            failed.setdefault(re.sub(r"^\s*(\w+\.)*", "", last), []).append(path.parent)  # of what module is no matter
+            last = path.read_text().strip().splitlines()[-1].strip()
+            reason = re.sub(r"^(\w+\.)+(?=\w+(:|$))", "", last)  # of what module is no matter
+            failed.setdefault(reason, []).append(path.parent)
     sentences = []
     for reason, trials in sorted(failed.items(), key=lambda item: (-len(item[1]), item[0])):
         numbers = ", ".join(map(str, sorted(int(trial.name) for trial in trials)))
