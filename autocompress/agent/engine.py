@@ -48,9 +48,12 @@ _SETTINGS = {
 LOOPBACK = "127.0.0.1"
 _IMPORTED = {"RAY_preload_python_modules": "autocompress.agent.tuning,torch._dynamo"}
 """By workers, while they wait for work; every optimiser of torch imports the second."""
-_UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
-"""Processes of a private Ray that would take seconds, memory and a port, and serve no one: what adds machines, what
-passes logs on, and the dashboard."""
+_UNUSED = [f"ray._private.node.Node.start_{process}" for process in ("monitor", "log_monitor", "api_server")]
+"""Of a private Ray: what adds machines, what passes logs on and the dashboard would take seconds, memory and a port,
+and serve no one."""
+_ASKED = [f"ray.tune.execution.class_cache.{names}" for names in ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")]
+"""Variables that Tune wants its workers to have. Those of a private Ray that wait for work have them, but Ray would
+start others for it, which takes seconds."""
 _PATIENCE = 120
 """Seconds in which a node must answer; its first worker may have to import torch from a slow disk."""
 
@@ -188,11 +191,9 @@ def start_ray(workers: int) -> Connection:
     import ray
 
     try:
-        with ExitStack() as patched:
-            # left to itself, Ray rewrites a loopback address to the host's own and listens on every interface
-            patched.enter_context(mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host))
-            for unused in _UNUSED:
-                patched.enter_context(mock.patch(f"ray._private.node.Node.{unused}"))
+        # left to itself, Ray rewrites a loopback address to the host's own and listens on every interface
+        loopback = mock.patch("ray._private.services.resolve_ip_for_localhost", lambda host: host)
+        with loopback, _replaced(_UNUSED, lambda *_, **__: None):
             ray.init(
                 address="local",
                 num_cpus=workers,
@@ -366,7 +367,7 @@ def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpu
     before = log.level
     log.setLevel(logging.ERROR)  # as in a private Ray: it misses files that nobody needs
     try:
-        with _waiting_workers() if _PRIVATE.locked() else nullcontext():
+        with _replaced(_ASKED, {}) if _PRIVATE.locked() else nullcontext():
             tuner.fit()
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -377,11 +378,10 @@ def run_trials(payload: bytes, supply: Supply, remaining: int, workers: int, gpu
 
 
 @contextmanager
-def _waiting_workers() -> Iterator[None]:
-    """Trials take the processes of a private Ray that wait for work. Tune asks for ones with certain variables, which
-    all of them have, but Ray would start others for it, which takes seconds."""
+def _replaced(names: list[str], by: Any) -> Iterator[None]:
+    """Those of them that this Ray has: without, it is only slower."""
     with ExitStack() as stack:
-        with suppress(ImportError, AttributeError):  # a Tune that does not ask
-            for asked in ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE"):
-                stack.enter_context(mock.patch(f"ray.tune.execution.class_cache.{asked}", {}))
+        for name in names:
+            with suppress(ImportError, AttributeError):
+                stack.enter_context(mock.patch(name, by))
         yield

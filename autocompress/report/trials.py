@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from autocompress.errors import RunError, in_words
+from autocompress.errors import RecipeError, RunError, in_words
 from autocompress.files import ERROR, METRICS, RECIPE
 from autocompress.recipe import Recipe
 
@@ -41,13 +41,12 @@ def read_trials(folder: Path) -> list[Trial]:
 
 def failure_sentences(folder: Path) -> list[str]:
     """What trials failed of, most of them first, and what they have in common that no finished trial has."""
-    finished = {choice for path in (folder / "trials").glob(f"*/{METRICS}") for choice in _choices(path.parent)}
     failed: dict[str, list[Path]] = {}
     for path in (folder / "trials").glob(f"*/{ERROR}"):
         if not (path.parent / METRICS).is_file():
-            last = path.read_text().strip().splitlines()[-1].strip()
-            reason = re.sub(r"^(\w+\.)+(?=\w+(:|$))", "", last)  # of what module is no matter
-            failed.setdefault(reason, []).append(path.parent)
+            failed.setdefault(_reason(path.read_text(errors="replace")), []).append(path.parent)
+    done = (folder / "trials").glob(f"*/{METRICS}") if failed else []
+    finished = {choice for path in done for choice in _choices(path.parent)}
     sentences = []
     for reason, trials in sorted(failed.items(), key=lambda item: (-len(item[1]), item[0])):
         numbers = ", ".join(map(str, sorted(int(trial.name) for trial in trials)))
@@ -58,9 +57,16 @@ def failure_sentences(folder: Path) -> list[str]:
     return sentences
 
 
+def _reason(error: str) -> str:
+    """The last line of a traceback, without the exception's module."""
+    lines = error.strip().splitlines() or ["no reason was kept"]
+    return re.sub(r"^(\w+\.)+(?=\w+(:|$))", "", lines[-1].strip())
+
+
 def _choices(trial: Path) -> set[str]:
-    """Those of its recipe, as "site:dimension = choice"; none where its worker had not even begun."""
-    if not (trial / RECIPE).is_file():
+    """Those of its recipe, as "site:dimension = choice"; none where there is no recipe, or one that cannot be read."""
+    try:
+        recipe = Recipe.from_json(json.loads((trial / RECIPE).read_text()))
+    except (OSError, ValueError, RecipeError):
         return set()
-    recipe = Recipe.from_json(json.loads((trial / RECIPE).read_text()))
     return {f"{key} = {choice}" for key, choice in recipe.as_dict().items()}

@@ -62,12 +62,16 @@ def test_what_failed_trials_alone_have_is_told(front: ac.ParetoFront, tmp_path: 
     for number in (2, 10):
         trial(number, "int2", error_txt="Traceback\n  some.errors.ValueError: no bits\n")
     trial(3, "int8", error_txt="the worker died")
-    (tmp_path / "trials" / "4").mkdir()
-    (tmp_path / "trials" / "4" / "error.txt").write_text("no payload")
+    for number, recipe in ((4, None), (5, "{")):
+        (tmp_path / "trials" / str(number)).mkdir()
+        (tmp_path / "trials" / str(number) / "error.txt").write_text("\n" if recipe else "no payload")
+        if recipe:
+            (tmp_path / "trials" / str(number) / "recipe.json").write_text(recipe)
     told = failure_sentences(tmp_path)
     assert told == [
         "2 trials failed (2, 10): ValueError: no bits; no finished trial has head:weights = int2",
         "trial 4 failed: no payload",
+        "trial 5 failed: no reason was kept",
         "trial 3 failed: the worker died",
     ]
     page = replace(front, folder=tmp_path).report(tmp_path / "page.html").read_text()
