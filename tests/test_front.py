@@ -105,3 +105,14 @@ def test_pictures_and_tables(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"ends in \.png"):
         f.plot(tmp_path / "front.gif")
     assert f.table().row_count == 4
+
+
+def test_of_a_file_that_is_too_bad_to_be_drawn_nothing_is_drawn(tmp_path: Path) -> None:
+    bad, good = front((1000, 0.5), (5000, 0.95)).points
+
+    def picture(test_accuracy: float | None, of: FrontPoint) -> bytes:
+        points = tuple(replace(point, test_accuracy=test_accuracy) if point is of else point for point in (bad, good))
+        return replace(front(), points=points).plot(tmp_path / "front.svg").read_bytes()
+
+    assert picture(0.9, bad) == picture(None, bad)
+    assert picture(0.9, good) != picture(None, good)

@@ -125,7 +125,8 @@ def plot_front(front: ParetoFront, path: Path) -> Path:
             ms=6,
             label="validation (selects)",
         )
-        tested = [p for p in front.points if p.test_accuracy is not None]
+        floor = _floor(front.base, front.points)
+        tested = [p for p in front.points if p.test_accuracy is not None and p.val_accuracy >= floor]
         if tested:
             axes.plot(
                 [p.size_bytes for p in tested],
@@ -205,14 +206,18 @@ def _scales(axes: Axes, front: ParetoFront) -> None:
 
 def _leave_out(axes: Axes, base: Base, shown: Sequence[FrontPoint | Trial], name: str) -> None:
     """Count what lies far below the best instead of drawing it."""
-    accuracies = [base.val_accuracy, *(one.val_accuracy for one in shown)]
-    floor = max(accuracies) - _SHOWN * base.skill
-    below = sum(accuracy < floor for accuracy in accuracies)
+    floor = _floor(base, shown)
+    below = sum(one.val_accuracy < floor for one in shown)
     if below:
         axes.set_ylim(bottom=_unit(base) * floor)
         level = f"{100 * floor:.0f}%" if base.in_shares else format_accuracy(floor)
         text = axes.text(0.35, 0.02, f"{below} {name}{'s' if below > 1 else ''} below {level}", color=_GREY)
         text.set(transform=axes.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+
+
+def _floor(base: Base, shown: Sequence[FrontPoint | Trial]) -> float:
+    """The lowest validation accuracy that is drawn."""
+    return max([base.val_accuracy, *(one.val_accuracy for one in shown)]) - _SHOWN * base.skill
 
 
 def _unit(base: Base) -> int:
