@@ -188,7 +188,7 @@ class Preparation:
                 seconds = self.workshop.probe_seconds()
                 worth = max(_FEW_PROBES, _OF_TRIALS * int(self.settings["budget"]) * self.workshop.trial_probes())
                 allowed = _PROFILE_SHARE * self.pace.left()
-                if allowed >= WORTH_WORKERS:  # a worker has one thread
+                if allowed >= WORTH_WORKERS:  # by workers, of one thread each
                     allowed *= max(1.0, self.workers / (1 if self.gpus else threads))
                 probes = int(min(MANY_PROBES, worth, allowed / seconds))
                 measured = measured_profile(self.workshop, lambda: self._measure_profile(probes, seconds), probes)

@@ -13,10 +13,11 @@ from unittest import mock
 
 import cloudpickle
 import pytest
+import ray
 import torch
 from ray.tune.utils.object_cache import _ObjectCache
 
-from autocompress.agent.engine import Connection, run_trials, start_ray
+from autocompress.agent.engine import run_trials, start_ray
 from autocompress.agent.tuning import Rungs
 from autocompress.errors import RunError
 from autocompress.trial import TrialResult, TrialSpec
@@ -29,25 +30,6 @@ def listening_elsewhere() -> set[str]:
     ]
     loopback = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
     return {row[1] for row in rows if row[3] == "0A" and not row[1].startswith(loopback)}
-
-
-linux = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux only")
-
-
-@pytest.fixture(scope="module")
-def listened() -> set[str]:
-    """What listened elsewhere before there was a Ray."""
-    return listening_elsewhere()
-
-
-@pytest.fixture(scope="module")
-def private(listened: set[str]) -> Iterator[Connection]:
-    """A Ray for two workers, which leaves nothing behind."""
-    connection = start_ray(2)
-    yield connection
-    connection.close()
-    assert connection.folder
-    assert not connection.folder.exists()
 
 
 def waiting() -> set[int]:
@@ -63,14 +45,6 @@ def waiting() -> set[int]:
 
 def parent_of(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-@linux
-@pytest.mark.usefixtures("private")
-def test_nothing_listens_beyond_loopback(listened: set[str]) -> None:
-    with pytest.raises(RunError, match="another search of this process is running"):
-        start_ray(1)
-    assert listening_elsewhere() <= listened
 
 
 def test_workers_are_kept_for_trials_to_come() -> None:
@@ -111,16 +85,29 @@ class Endless:
         self.processes[result.size_bytes] = result.val_accuracy
 
 
-@linux
-@pytest.mark.usefixtures("private")
-def test_trials_run_in_all_processes_that_wait_also_in_one_that_is_late(tmp_path: Path) -> None:
-    """Trials that are shorter than the start of a worker are run by all workers, too."""
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux only")
+def test_ray_is_private_and_silent_and_all_processes_that_wait_run_trials(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also trials that are shorter than the start of a worker are run by all of them."""
+    before = listening_elsewhere()
     (tmp_path / "ready").mkdir()
-    deadline = time.monotonic() + 60
-    while len(waiting()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    there, supply = waiting(), Endless()
-    run_trials(cloudpickle.dumps(lambda: Instant(tmp_path / "ready")), supply, 10_000, 2, 0.0, tmp_path)
+    connection, supply = start_ray(2), Endless()
+    try:
+        with pytest.raises(RunError, match="another search of this process is running"):
+            start_ray(1)
+        deadline = time.monotonic() + 60
+        while len(waiting()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        there = waiting()
+        run_trials(cloudpickle.dumps(lambda: Instant(tmp_path / "ready")), supply, 10_000, 2, 0.0, tmp_path)
+        assert ray.get(ray.remote(lambda: 41 + 1).remote()) == 42
+        assert listening_elsewhere() <= before
+    finally:
+        connection.close()
+    assert connection.folder
+    assert not connection.folder.exists()
+    assert capfd.readouterr() == ("", "")
     assert len(there) == 2
     assert set(supply.processes) == there
     assert all(supply.processes.values()) or torch.cuda.is_available(), "they have imported what trials need"

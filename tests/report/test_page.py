@@ -51,22 +51,20 @@ def test_the_trials_are_those_of_the_run(front: ac.ParetoFront) -> None:
 
 
 def test_what_failed_trials_alone_have_is_told(front: ac.ParetoFront, tmp_path: Path) -> None:
-    def trial(number: int, weights: str, **files: str) -> None:
-        folder = tmp_path / "trials" / str(number)
-        folder.mkdir(parents=True)
-        (folder / "recipe.json").write_text(json.dumps({"head": {"weights": weights}, "stem": {"sparsity": 0.5}}))
+    def trial(number: int, **files: str) -> None:
         for name, text in files.items():
-            (folder / name.replace("_", ".")).write_text(text)
+            path = tmp_path / "trials" / str(number) / name.replace("_", ".")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
-    trial(0, "int8", metrics_json='{"size_bytes": 9, "val_accuracy": 0.5, "parent": null, "seconds": 1}')
+    int8, int2 = (json.dumps({"head": {"weights": w}, "stem": {"sparsity": 0.5}}) for w in ("int8", "int2"))
+    metrics = '{"size_bytes": 9, "val_accuracy": 0.5, "parent": null, "seconds": 1}'
+    trial(0, recipe_json=int8, metrics_json=metrics)
     for number in (2, 10):
-        trial(number, "int2", error_txt="Traceback\n  some.errors.ValueError: no bits\n")
-    trial(3, "int8", error_txt="the worker died")
-    for number, recipe in ((4, None), (5, "{")):
-        (tmp_path / "trials" / str(number)).mkdir()
-        (tmp_path / "trials" / str(number) / "error.txt").write_text("\n" if recipe else "no payload")
-        if recipe:
-            (tmp_path / "trials" / str(number) / "recipe.json").write_text(recipe)
+        trial(number, recipe_json=int2, error_txt="Traceback\n  some.errors.ValueError: no bits\n")
+    trial(3, recipe_json=int8, error_txt="the worker died")
+    trial(4, error_txt="no payload")
+    trial(5, recipe_json="{", error_txt="\n")
     told = failure_sentences(tmp_path)
     assert told == [
         "2 trials failed (2, 10): ValueError: no bits; no finished trial has head:weights = int2",
