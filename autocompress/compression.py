@@ -9,6 +9,7 @@ recurrent layers, tied weights, functional calls.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,14 +27,17 @@ from autocompress.space import without_void
 from autocompress.surgery import as_real, assign, owners, tensors
 from autocompress.task import Calibration
 from autocompress.techniques.base import (
+    Basis,
     Coding,
     Masking,
     SparseLayer,
     TrainingTechnique,
+    Transform,
     coding_of,
     maskings,
     structures,
     trainings,
+    transforms,
 )
 from autocompress.techniques.channels import kept_channels
 from autocompress.techniques.clipping import WeightClipping
@@ -47,7 +51,8 @@ class ShadowedLayer:
 
     site: the layer of the original that it is, or is a part of. key: its first name in the model. mask: float32, 1
     where weights stay and 0 elsewhere (to multiply by a Boolean tensor takes several times as long).
-    gradient: of all weights in the last step, the pruned ones too, where regrowing needs it.
+    gradient: of all weights in the last step, the pruned ones too, where regrowing needs it. basis: in which dense
+    weight, mask and gradient are, if it is not the model's own.
     """
 
     site: str
@@ -57,6 +62,7 @@ class ShadowedLayer:
     choice: Choice
     coding: Coding
     learned: Tensor
+    basis: Basis | None = None
     mask: Tensor | None = None
     gradient: Tensor | None = None
     _effective: Tensor | None = None
@@ -72,9 +78,24 @@ class ShadowedLayer:
     def masked(self) -> Tensor:
         return self.dense if self.mask is None else self.dense * self.mask
 
-    def effective(self) -> Tensor:
-        """float32, shape of the layer: what the file will give back; differentiable."""
+    def coefficients(self) -> Tensor:
+        """float32, shape of the layer: what the file will hold; differentiable. The weights, or theirs in its basis."""
         return self.coding.simulate(self.masked(), self.choice, self.learned)
+
+    def effective(self) -> Tensor:
+        """float32, shape of the layer: what the file will give back; differentiable, and then but for round-off."""
+        coefficients = self.coefficients()
+        if self.basis and not coefficients.requires_grad:
+            return self.basis.read(coefficients)
+        return self.out_of_basis(coefficients)
+
+    def in_basis(self, weight: Tensor) -> Tensor:
+        """float32, as `dense`, of a weight or a gradient as the model has it."""
+        return self.basis.analysed(weight) if self.basis else weight
+
+    def out_of_basis(self, coefficients: Tensor) -> Tensor:
+        """Inverse of `in_basis`."""
+        return self.basis.synthesised(coefficients) if self.basis else coefficients
 
 
 class Candidate:
@@ -112,8 +133,11 @@ class Candidate:
             choice = recipe.get(site, "weights", "float32")
             assert choice is not None
             coding = coding_of(choice)
-            dense = as_real(parameter.detach()).float().clone()
-            self.layers[layer_name(key)] = ShadowedLayer(site, key, parameter, dense, choice, coding, torch.empty(0))
+            weight = as_real(parameter.detach()).float().clone()
+            basis = self.basis(site, tuple(weight.shape), recipe.get(site, Transform.name))
+            shadow = ShadowedLayer(site, key, parameter, weight, choice, coding, torch.empty(0), basis)
+            shadow.dense = shadow.in_basis(weight)
+            self.layers[layer_name(key)] = shadow
         self.set_masks()
         for name, shadow in self.layers.items():
             known = learned.get(f"{name}|{shadow.choice}")
@@ -160,6 +184,13 @@ class Candidate:
             for key, name in original_names(self.model).items()
             if name in sites and self.model.get_parameter(key).ndim > 1
         ]
+
+    def basis(self, site: str, shape: tuple[int, ...], choice: Choice | None) -> Basis | None:
+        """Of a tensor of this shape that is a layer, or a part of one; None where it does not lie on a picture."""
+        transform, picture = transforms().get(choice or Transform.default), self.anatomy.layer(site).picture
+        if transform is None or not picture or (len(shape) == 2 and shape[1] % math.prod(picture)):
+            return None
+        return Basis(transform, picture[-1] if len(shape) == 2 else 0)
 
     def set_masks(self, share: float = 1.0, start: Mapping[str, float] | None = None, regrown: float = 0.0) -> None:
         """Draw the masks from the weights as they are, at `share` of the way from `start` (site -> share of
@@ -238,7 +269,7 @@ class Candidate:
                 roots.append(shadow._effective)
                 gradients.append(gradient)
                 if self.regrows:
-                    shadow.gradient = gradient.detach().float()
+                    shadow.gradient = shadow.in_basis(gradient.detach().float())
         if roots:
             torch.autograd.backward(roots, gradients)
         for shadow in self.layers.values():
@@ -250,14 +281,14 @@ class Candidate:
     def weights(self) -> Weights:
         """What the file stores."""
         self.materialise()
-        plans = {s.key: Plan(s.masked().detach(), s.choice, s.learned.detach()) for s in self.layers.values()}
+        plans = {s.key: Plan(s.masked().detach(), s.choice, s.learned.detach(), s.basis) for s in self.layers.values()}
         return Weights(self.model, plans)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a child needs to go on from here: dense weights, norms, learned parameters."""
         state = tensors(self.model)
         for name, shadow in self.layers.items():
-            state[shadow.key] = shadow.dense.detach()
+            state[shadow.key] = shadow.out_of_basis(shadow.dense.detach())
             if shadow.learned.numel():
                 state[f"{_STEP}{name}|{shadow.choice}"] = shadow.learned.detach()
         return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}

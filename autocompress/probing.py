@@ -31,7 +31,7 @@ from autocompress.seeds import seeded
 from autocompress.space import BoundDimension, BoundSpace, without_void
 from autocompress.surgery import as_real, assign, owners
 from autocompress.task import Calibration, Task, batch_size
-from autocompress.techniques.base import coding_of, maskings, structures, trainings
+from autocompress.techniques.base import Transform, coding_of, maskings, structures, trainings
 
 SAMPLE = 4096
 """Weights of a layer that are coded to predict its bytes; larger layers are scaled up."""
@@ -172,15 +172,15 @@ def _stored(shadow: ShadowedLayer, dimension: str, choice: Choice) -> Tensor:
     weight = shadow.masked()
     if dimension != "weights":
         weight = shadow.dense * maskings()[dimension].mask(shadow.dense, choice)
-        return shadow.coding.simulate(weight, shadow.choice, shadow.learned)
+        return shadow.out_of_basis(shadow.coding.simulate(weight, shadow.choice, shadow.learned))
     coding = coding_of(choice)
-    return coding.simulate(weight, choice, coding.initial(weight, choice).to(weight.device))
+    return shadow.out_of_basis(coding.simulate(weight, choice, coding.initial(weight, choice).to(weight.device)))
 
 
 @torch.no_grad()
 def already_met(candidate: Candidate, site: str, dimension: str, choices: Sequence[Choice]) -> list[Choice]:
     """The first of these choices of a masking, as many as the stored weights of the layer have the zeros of."""
-    weights = [shadow.effective() for shadow in candidate.layers.values() if shadow.site == site]
+    weights = [shadow.coefficients() for shadow in candidate.layers.values() if shadow.site == site]
     mask = maskings()[dimension].mask
     return [*itertools.takewhile(lambda choice: all(mask(w, choice)[w != 0].all() for w in weights), choices)]
 
@@ -265,22 +265,23 @@ def _on_alike_layers(anatomy: Anatomy) -> Callable[[BoundDimension], Any]:
 
 @torch.no_grad()
 def layer_bytes(candidate: Candidate, space: BoundSpace, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Bytes of each of these layers alone for every combination of its coding and maskings.
+    """Bytes of each of these layers alone for every combination of its transform, coding and maskings.
 
     Layer -> "choice|choice|..." (in the order of the space's dimensions of that layer) -> bytes.
     """
     table: dict[str, dict[str, float]] = {}
     for name in names:
         shadow = candidate.layers[name]
-        dims = [d for d in space if d.site == name and (d.name == "weights" or d.name in maskings())]
-        weight = shadow.dense
+        dims = [d for d in space if d.site == name and d.name not in structures()]
+        weight = shadow.out_of_basis(shadow.dense)
         rows = max(1, SAMPLE // max(1, weight[0].numel()))
         sample = weight[:: -(-weight.shape[0] // rows)] if weight.numel() > SAMPLE else weight
         scale = weight.numel() / sample.numel()
         row = table.setdefault(name, {})
         for combination in itertools.product(*(d.choices for d in dims)):
             chosen = dict(zip((d.name for d in dims), combination, strict=True))
-            masked = sample
+            basis = candidate.basis(name, tuple(sample.shape), chosen.get(Transform.name))
+            masked = basis.analysed(sample) if basis else sample
             for dimension, masking in maskings().items():
                 if dimension in chosen:
                     masked = masked * masking.mask(masked, chosen[dimension])

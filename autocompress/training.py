@@ -277,7 +277,7 @@ def _curvature(task: Task, candidate: Candidate) -> dict[str, Tensor]:
         for name, shadow in candidate.layers.items():
             gradient = shadow.parameter_gradient()
             if gradient is not None:
-                sums[name] += batch_size(batch) * gradient.float().square()
+                sums[name] += batch_size(batch) * shadow.in_basis(gradient.float()).square()
         count += 1
     candidate.model.zero_grad()
     return {name: (total + total.mean()) / (2 * count) for name, total in sums.items()}

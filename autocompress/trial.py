@@ -25,6 +25,7 @@ from autocompress.compression import Candidate, activation_modules
 from autocompress.errors import in_words
 from autocompress.files import ARTIFACT, CHECKPOINT, METRICS, RECIPE, write_file
 from autocompress.memory_format import put_channels_last
+from autocompress.pictures import with_pictures
 from autocompress.probing import (
     MANY_PROBES,
     Prober,
@@ -44,7 +45,7 @@ from autocompress.reparametrization import copied
 from autocompress.seeds import rewound, seed_everything, seeded
 from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
-from autocompress.techniques.base import TrainingTechnique, maskings, only_trains, trainings
+from autocompress.techniques.base import TrainingTechnique, Transform, maskings, needs_training, trainings
 from autocompress.training import fine_tune, step_costs, try_autocast
 from autocompress.views import Samples
 
@@ -140,9 +141,10 @@ class Workshop:
         batch_count(self.task)  # now, not in the midst of a trial, whose random numbers it may draw
         self.calibration = replace(calibration, task=self.task)
         put_channels_last(self.original, self.calibration)  # so of every candidate, which are copies of it
-        self.anatomy: Anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
+        anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
+        self.anatomy: Anatomy = with_pictures(anatomy, self.original, self.calibration)
         if isinstance(space, SearchSpace):
-            offered = [d for d in space.bind(self.anatomy) if task.epochs or not only_trains(d.name)]
+            offered = [d for d in space.bind(self.anatomy) if task.epochs or not needs_training(d.name)]
             space = BoundSpace(tuple(d for d in map(self._as_far_as_it_runs, offered) if d))
         self.space = space
 
@@ -198,7 +200,8 @@ class Workshop:
         probes: int = MANY_PROBES,
     ) -> dict[str, Any]:
         """`base_profile` of every `parts`-th dimension and layer, from the `part`-th on."""
-        candidate = Candidate(self.original, self.anatomy, Recipe(), self.calibration)
+        given = {d.key: d.choices[0] for d in self.space if d.name == Transform.name and len(d.choices) == 1}
+        candidate = Candidate(self.original, self.anatomy, Recipe.of(given), self.calibration)
         vectors, header = vector_bytes(candidate, self.space)
         needed = needed_choices(self.space, self.anatomy, probes)
         return {

@@ -30,7 +30,7 @@ from autocompress.artifact.coder import CoderState, Scan
 from autocompress.artifact.container import Plan, decode_artifact, encode_artifact
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Recipe
-from autocompress.techniques.base import coding_choices, coding_of
+from autocompress.techniques.base import Basis, coding_choices, coding_of, transforms
 
 SECONDS, MEMORY = 20.0, 1 << 30
 CHUNK = 1000
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "fuzz_artifact.json"
 
 
 def samples() -> list[bytes]:
-    """Small files that between them hold every coding, kind of tensor and way to walk."""
+    """Small files that between them hold every coding, kind of tensor, way to walk and transform."""
     torch.manual_seed(0)
     out = []
     for choices in (["int4", "int2", "float32"], ["int8", "e8m3", "float16"], sorted(map(str, coding_choices()))):
@@ -54,6 +54,10 @@ def samples() -> list[bytes]:
         out.append(encode_artifact(plans, Recipe.of({"block0.conv:activation_bits": 8, "act:activation": "relu"})))
     low_rank = torch.randn(40, 1) @ torch.randn(1, 32) + 0.1 * torch.randn(40, 32)
     out.append(encode_artifact({"fc.weight": Plan(low_rank, "int3", torch.tensor([-1.0]))}, Recipe()))
+    turned = [("fc", (6, 84), 12), ("conv", (4, 3, 3, 3), 0), ("signal", (3, 70), 70)]
+    bases = {name: Basis(transforms()["dct"], width) for name, _, width in turned}
+    plans = {f"{n}.weight": Plan(torch.randn(shape), "int3", torch.tensor([-1.0]), bases[n]) for n, shape, _ in turned}
+    out.append(encode_artifact(plans, Recipe()))
     out.append(encode_artifact({}, Recipe()))
     return out
 

@@ -14,7 +14,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from autocompress.artifact.coder import MAX_WEIGHTS_PER_BYTE, CoderState
 from autocompress.artifact.codes import read_codes, write_codes
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Choice, Recipe
-from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged
+from autocompress.techniques.base import Basis, Coded, Coding, coding_of, coding_tagged, transform_tagged
 
 MAGIC = b"\x89ACZ"
-VERSION = 1
+VERSION = 2
+"""Of files with transformed tensors; those without are of version 1, as they always were."""
 _PREFIX = struct.Struct("<4sBI")
 _MAX_RANK = 8
 _EMPTY = torch.empty(0)
@@ -56,22 +57,26 @@ class StoredTensor:
     value: as decoded; float32, or the integer type it was stored in. choice: number format it was
     coded in ("constant" and "raw" for tensors that need none; a constant is one element, expanded).
     size_bytes: bytes of the entropy-coded stream that it takes (headers are counted apart).
-    parameters: of its coding.
+    parameters: of its coding. coefficients: what was coded, if `value` is made of that by a transform, which is that of
+    `basis`.
     """
 
     value: Tensor
     choice: Choice
     size_bytes: int = 0
     parameters: tuple[float, ...] = ()
+    coefficients: Tensor | None = None
+    basis: Basis | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A tensor to be written: `value` coded by `choice` with the learned `parameters`."""
+    """A tensor to be written: `value` coded by `choice` with the learned `parameters`; in `basis`, if it has one."""
 
     value: Tensor
     choice: Choice
     parameters: Tensor = _EMPTY
+    basis: Basis | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Artifact:
 
 
 def decoded(plan: Plan) -> Tensor:
-    """The tensor that a reader will get, without writing it; on the device of the plan's."""
+    """The values that a reader will get, in the plan's basis, without writing them; on the device of the plan's."""
     if not plan.value.is_floating_point():
         return plan.value
     coding = coding_of(plan.choice)
@@ -102,12 +107,15 @@ def decoded(plan: Plan) -> Tensor:
 
 def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
     """The bytes of a file that decodes to `plans`; bit-exact (see `Coding`)."""
-    plans = {name: Plan(p.value.detach().cpu(), p.choice, p.parameters.detach().cpu()) for name, p in plans.items()}
+    plans = {
+        n: replace(p, value=p.value.detach().cpu(), parameters=p.parameters.detach().cpu()) for n, p in plans.items()
+    }
     values = {name: plan.value for name, plan in plans.items()}
     coded: dict[str, tuple[Coding, Choice, Coded]] = {}
     kinds = []
     for name, value in values.items():
-        if value.numel() and bool((value == value.flatten()[0]).all()):
+        same = bool(value.numel()) and bool((value == value.flatten()[0]).all())
+        if same and (plans[name].basis is None or not value.any()):  # of nothing every transform makes nothing
             kinds.append(_CONSTANT)
             values[name] = decoded(plans[name])
         elif not value.numel() or not value.is_floating_point() or value.dtype == torch.float64:
@@ -117,14 +125,15 @@ def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
             kinds.append(_CODED + coding.choices().index(choice) + _CHOICES * coding.tag)
             coded[name] = coding, choice, _coded(name, value.float(), plans[name])
     state = CoderState()
-    header = _header(values, kinds, [tensor for _, _, tensor in coded.values()], recipe)
+    bases = {at: basis for at, (n, plan) in enumerate(plans.items()) if (basis := plan.basis) and n in coded}
+    header = _header(values, kinds, bases, [tensor for _, _, tensor in coded.values()], recipe)
     state.code_text(np.frombuffer(header, np.uint8).copy())
     for coding, choice, tensor in coded.values():
         write_codes(state, tensor.codes, *coding.layout(choice), coding.repeats)
     length = _Writer()
     length.varint(len(header))
     body = bytes(length.data) + state.finish()
-    return MAGIC + struct.pack("<BI", VERSION, zlib.crc32(body)) + body
+    return MAGIC + struct.pack("<BI", VERSION if bases else 1, zlib.crc32(body)) + body
 
 
 def _coded(name: str, value: Tensor, plan: Plan) -> Coded:
@@ -133,8 +142,10 @@ def _coded(name: str, value: Tensor, plan: Plan) -> Coded:
     return coding_of(plan.choice).encode(value, plan.choice, plan.parameters)
 
 
-def _header(values: dict[str, Tensor], kinds: list[int], coded: list[Coded], recipe: Recipe) -> bytes:
-    """Column by column: names, dimensions, kinds, parameters, raw values, recipe."""
+def _header(
+    values: dict[str, Tensor], kinds: list[int], bases: dict[int, Basis], coded: list[Coded], recipe: Recipe
+) -> bytes:
+    """Column by column: names, dimensions, kinds, transforms, parameters, raw values, recipe."""
     writer = _Writer()
     writer.varint(len(values))
     writer.blob("\n".join(values).encode())
@@ -148,6 +159,10 @@ def _header(values: dict[str, Tensor], kinds: list[int], coded: list[Coded], rec
         guess.take(place, i, size)
     for kind in kinds:
         writer.varint(kind)
+    if bases:
+        writer.varint(len(bases))
+        for number in [number for at, basis in bases.items() for number in (at, basis.transform.tag, basis.width)]:
+            writer.varint(number)
     parameters = np.array([p for tensor in coded for p in tensor.parameters], "<f4")
     writer.data += parameters.view(np.uint8).reshape(-1, 4).T.tobytes()
     for value, kind in zip(values.values(), kinds, strict=True):
@@ -262,7 +277,7 @@ def decode_artifact(data: bytes, where: str = "artifact") -> Artifact:
     header = np.zeros(length, np.uint8)
     state = CoderState(stream)
     state.code_text(header)
-    tensors, recipe = _Reader(header.tobytes(), where).artifact(state, len(stream))
+    tensors, recipe = _Reader(header.tobytes(), where).artifact(state, len(stream), version)
     spent = sum(tensor.size_bytes for tensor in tensors.values())
     return Artifact(recipe, tensors, len(data) - spent, len(data))
 
@@ -297,7 +312,7 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.broken("a name is not text") from error
 
-    def artifact(self, state: CoderState, length: int) -> tuple[dict[str, StoredTensor], Recipe]:
+    def artifact(self, state: CoderState, length: int, version: int) -> tuple[dict[str, StoredTensor], Recipe]:
         count = self.varint()
         text = self.text()
         names = text.split("\n") if count else []
@@ -306,6 +321,7 @@ class _Reader:
         shapes = self.shapes(names)
         kinds = [self.varint() for _ in names]
         self.bound(shapes, kinds, length)
+        bases = self.bases(shapes, kinds) if version > 1 else {}
         codings = iter(self.codings(kinds, shapes))
         plain = {
             name: self.plain(name, shape, kind)
@@ -321,6 +337,10 @@ class _Reader:
         }
         if not length <= state.position <= length + 8:
             raise self.broken("its stream has another length than its tensors")
+        for at, basis in bases.items():
+            stored = tensors[names[at]]
+            value = basis.read(stored.value)
+            tensors[names[at]] = replace(stored, value=value, coefficients=stored.value, basis=basis)
         return tensors, recipe
 
     def shapes(self, names: list[str]) -> list[tuple[int, ...]]:
@@ -346,6 +366,19 @@ class _Reader:
         raw = sum(count for count, kind in counts if kind == _RAW)
         if coded > MAX_WEIGHTS_PER_BYTE * (length + 64) or raw > len(self.data):
             raise self.broken("it declares more weights than its length can hold")
+
+    def bases(self, shapes: list[tuple[int, ...]], kinds: list[int]) -> dict[int, Basis]:
+        """Place of a tensor -> the basis of its codes."""
+        bases = {}
+        for _ in range(self.varint()):
+            at, tag, width = self.varint(), self.varint(), self.varint()
+            transform = transform_tagged(tag)
+            shape = shapes[at] if at < len(shapes) and kinds[at] >= _CODED else ()
+            fits = bool(width) and shape[1] % width == 0 if len(shape) == 2 else len(shape) > 2 and not width
+            if transform is None or not fits:
+                raise self.broken("a tensor has a transform that is unknown or does not fit it")
+            bases[at] = Basis(transform, width)
+        return bases
 
     def codings(
         self, kinds: list[int], shapes: list[tuple[int, ...]]

@@ -62,12 +62,15 @@ def parts(artifact: Artifact) -> list[Part]:
 def _layer(artifact: Artifact, name: str, tensor: StoredTensor) -> Part:
     choices = [f"{dimension} {choice}" for site, dimension, choice in artifact.recipe if site == name]
     shape = tuple(tensor.value.shape)
+    if tensor.basis:
+        choices.insert(0, f"{tensor.basis.transform.name} {tensor.basis.transform.choice}")
     return Part(name, tensor.size_bytes, str(tensor.choice), shape, _zeros(tensor), ", ".join(choices))
 
 
 def _zeros(tensor: StoredTensor) -> float:
-    """Share of its values, 0 to 1. A constant is one value in memory, whatever its shape."""
-    values = tensor.value.flatten()[:1] if tensor.choice == "constant" else tensor.value
+    """Share of what is stored, 0 to 1. A constant is one value in memory, whatever its shape."""
+    stored = tensor.value if tensor.coefficients is None else tensor.coefficients
+    values = stored.flatten()[:1] if tensor.choice == "constant" else stored
     return 1 - int(values.count_nonzero()) / max(values.numel(), 1)
 
 

@@ -2,15 +2,16 @@
 
 A technique is one file in this folder that ends with `register(...)`; nothing else is touched. It
 says which dimension of the joint space it serves and which choices it offers, how it acts while the
-candidate is fine-tuned, and how its result is stored and read back. The four kinds, in the order in
-which a recipe is applied:
+candidate is fine-tuned, and how its result is stored and read back. The kinds, in the order in which
+a recipe is applied:
 
 - `StructureTechnique` changes the model once, before fine-tuning (channels, activation, activation
   bits). What tensors alone do not show is stored as the choice and `restore`d on load.
-- `Masking` and `Coding` act on weight tensors. While fine-tuning, the weight that the model sees is
+- `Transform`, `Masking` and `Coding` act on weight tensors. While fine-tuning, the weight that the model sees is
   `coding(masking(w))`, differentiable in `w` and in the learned parameters (straight-through
   estimator, Bengio et al., 2013). The file stores `Coding.encode` of the same function's result, so
-  what is simulated and what is stored cannot drift apart.
+  what is simulated and what is stored cannot drift apart. Where there is a transform, `w` are the coefficients of the
+  weight in another basis, and the model sees what `Transform.synthesise` makes of them.
 - `TrainingTechnique` changes only how a candidate is pruned and fine-tuned.
 
 Several codings share the dimension `weights`: each recognises its own choices.
@@ -19,7 +20,7 @@ Several codings share the dimension `weights`: each recognises its own choices.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -120,6 +121,68 @@ class StructureTechnique(Technique):
     def follows(self, before: Choice, after: Choice) -> bool:
         """Whether a candidate with `before` can go on as one with `after`; for permanent techniques."""
         return True
+
+
+class Transform(Technique):
+    """Another basis, orthonormal, for what a row of weights lies on: a kernel, or the picture that a layer reads. What
+    is pruned, quantised and stored of such a layer are the coefficients of its weights.
+
+    choice: its name in the dimension, which all transforms share. tag: the number that names it in a file; fixed for
+    ever once released.
+    """
+
+    name: ClassVar[str] = "transform"
+    default: ClassVar[Choice] = "none"
+    about = "basis in which the weights of a layer that lie on a picture, a signal or a kernel are pruned and stored"
+    choice: ClassVar[str]
+    tag: ClassVar[int]
+
+    @abstractmethod
+    def analyse(self, pictures: Tensor) -> Tensor:
+        """The coefficients of float32 [n, ...] pictures, of any number of dimensions, in the same shape."""
+
+    @abstractmethod
+    def synthesise(self, coefficients: Tensor) -> Tensor:
+        """Inverse of `analyse`; differentiable. Whole numbers of less than 2^26 in float64 become whole numbers with no
+        other error than that they are rounded half to even after each dimension: so every machine gets the same."""
+
+    def examples(self) -> Sequence[Choice]:
+        return (self.default, self.choice)
+
+    def file_of(self, example: Choice) -> str:
+        return type(self).__module__
+
+    def parse(self, raw: Any) -> Choice:
+        return str(raw)
+
+    def sites(self, anatomy: Anatomy) -> Sequence[str]:
+        return [layer.name for layer in anatomy.layers if layer.picture]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A transform of one tensor. width: columns of the picture that each row of a matrix lies on; 0 for kernels."""
+
+    transform: Transform
+    width: int = 0
+
+    def analysed(self, weight: Tensor) -> Tensor:
+        """The coefficients of a weight, float32, in its shape; of its gradient, too, for the basis is orthonormal."""
+        return self.transform.analyse(self._pictures(weight)).reshape(weight.shape)
+
+    def synthesised(self, coefficients: Tensor) -> Tensor:
+        """The weight, float32; differentiable."""
+        return self.transform.synthesise(self._pictures(coefficients)).reshape(coefficients.shape)
+
+    def read(self, coefficients: Tensor) -> Tensor:
+        """The weight, float32, as every reader of a file gets it: by whole numbers, of which 2^25 are more than any
+        coefficient."""
+        unit = 2.0 ** (int(torch.frexp(coefficients.abs().max()).exponent) - 25)
+        return (self.synthesised((coefficients.double() / unit).round()) * unit).float()
+
+    def _pictures(self, values: Tensor) -> Tensor:
+        shape = (values.shape[1] // self.width, self.width) if values.ndim == 2 else values.shape[2:]
+        return values.reshape(-1, *shape)
 
 
 class Masking(Technique):
@@ -286,24 +349,34 @@ class TrainingTechnique(Technique):
         return weights.scaled.round()
 
 
-class _CodingDimension(_Unrestricted):
-    """The union of codings as one dimension of the space."""
+class _SharedDimension(_Unrestricted):
+    """The dimension of several techniques. first: one of them. known: gives the choices of all."""
 
-    default: Choice = "float32"
     voiding = False
 
-    def __init__(
-        self, name: str, about: str, sites: Callable[[Anatomy], Sequence[str]], sections: tuple[str, ...]
-    ) -> None:
-        self.name, self.about, self.sites, self.sections = name, about, sites, sections
+    def __init__(self, first: Technique, known: Callable[[], Iterable[Choice]]) -> None:
+        self.name, self.default, self.about, self.sites = first.name, first.default, first.about, first.sites
+        self._known = known
 
     def parse(self, raw: Any) -> Choice:
-        if raw not in coding_choices():
-            raise SpaceError(f"choice {raw!r} does not exist; choose from {', '.join(map(str, coding_choices()))}")
+        if raw not in self._known():
+            raise SpaceError(f"choice {raw!r} does not exist; choose from {', '.join(map(str, self._known()))}")
         return str(raw)
 
 
+class _Vectors(_SharedDimension):
+    """The formats of weights once more, for the rest of the model."""
+
+    sections = ("model",)
+
+    def __init__(self, first: Technique, known: Callable[[], Iterable[Choice]]) -> None:
+        super().__init__(first, known)
+        self.name, self.sites = "vectors", lambda anatomy: [MODEL]
+        self.about = "number format of biases, norms and everything that is not a layer's weight"
+
+
 _STRUCTURES: dict[str, StructureTechnique] = {}
+_TRANSFORMS: dict[Choice, Transform] = {}
 _MASKINGS: dict[str, Masking] = {}
 _CODINGS: dict[int, Coding] = {}
 _TRAININGS: dict[str, TrainingTechnique] = {}
@@ -316,9 +389,15 @@ def register(technique: Technique) -> None:
             raise ValueError(f"coding tag {technique.tag} is taken by {_CODINGS[technique.tag]}")
         _CODINGS[technique.tag] = technique
         if technique.name not in dimensions():
-            register_dimension(_CodingDimension("weights", technique.about, technique.sites, ("layers",)))
-            about = "number format of biases, norms and everything that is not a layer's weight"
-            register_dimension(_CodingDimension("vectors", about, lambda anatomy: [MODEL], ("model",)))
+            register_dimension(_SharedDimension(technique, coding_choices))
+            register_dimension(_Vectors(technique, coding_choices))
+        return
+    if isinstance(technique, Transform):
+        if transform_tagged(technique.tag) is not None:
+            raise ValueError(f"transform tag {technique.tag} is taken by {transform_tagged(technique.tag)}")
+        _TRANSFORMS[technique.choice] = technique
+        if technique.name not in dimensions():
+            register_dimension(_SharedDimension(technique, lambda: (Transform.default, *_TRANSFORMS)))
         return
     register_dimension(technique)
     if isinstance(technique, StructureTechnique):
@@ -331,7 +410,8 @@ def register(technique: Technique) -> None:
 
 def techniques() -> Sequence[Technique]:
     """All of them."""
-    return [*_STRUCTURES.values(), *_MASKINGS.values(), *_CODINGS.values(), *_TRAININGS.values()]
+    by_kind = _STRUCTURES, _TRANSFORMS, _MASKINGS, _CODINGS, _TRAININGS
+    return [technique for known in by_kind for technique in known.values()]
 
 
 def structures() -> Mapping[str, StructureTechnique]:
@@ -349,10 +429,20 @@ def trainings() -> Mapping[str, TrainingTechnique]:
 _TRAINS = ("autocast", "penalty", "learning_rate_factor", "term", "regrown", "settle")
 
 
-def only_trains(dimension: str) -> bool:
-    """Whether it is that of a technique that acts by fine-tuning alone."""
+def needs_training(dimension: str) -> bool:
+    """Whether it is that of a technique that acts by fine-tuning alone, or that what stands in for it does not know."""
     kind, general = type(_TRAININGS.get(dimension)), TrainingTechnique
-    return dimension in _TRAININGS and any(getattr(kind, name) is not getattr(general, name) for name in _TRAINS)
+    trains = dimension in _TRAININGS and any(getattr(kind, name) is not getattr(general, name) for name in _TRAINS)
+    return trains or dimension == Transform.name
+
+
+def transforms() -> Mapping[Choice, Transform]:
+    """Choice -> the transform."""
+    return _TRANSFORMS
+
+
+def transform_tagged(tag: int) -> Transform | None:
+    return next((transform for transform in _TRANSFORMS.values() if transform.tag == tag), None)
 
 
 def coding_choices() -> dict[Choice, Coding]:

@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 STRETCH = [max(-2047, min(2047, round(256 * math.log((i + 0.5) / (4095.5 - i))))) for i in range(4096)]
 SQUASH = [max(16, min(65520, round(65536 / (1 + math.exp((2048 - i) / 256))))) for i in range(4096)]
@@ -415,9 +415,58 @@ def repeated(stream: Stream, choice: str, shape: list[int]) -> list[int]:
     return [code for row in rows for code in flat[row * size : (row + 1) * size]]
 
 
-def read(data: bytes, dictionary: bytes) -> Iterator[tuple[str, str, list[int], list[int] | None, list[float]]]:
-    """(name, choice, shape, codes or None, parameters) of each tensor; constant and raw ones have no codes."""
-    assert data[:5] == b"\x89ACZ\x01"
+def waves(places: int) -> list[list[int]]:
+    """A row for each coefficient of a side of at most 64 places, in 2^-23."""
+    size = places if places <= 7 else 4
+    rows = []
+    for start in range(0, places, size):
+        n = min(size, places - start)
+        for f in range(n):
+            scale = 2**23 * math.sqrt((2 if f else 1) / n)
+            wave = [round(scale * math.cos(math.pi / n * (t + 0.5) * f)) for t in range(n)]
+            rows.append((f, [0] * start + wave + [0] * (places - start - n)))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+
+
+def along(values: list[int], stride: int, places: int) -> list[int]:
+    """Coefficients back to values, along a dimension of so many places, each `stride` apart."""
+    out = list(values)
+    for piece in range(0, places, 64):
+        rows = waves(min(64, places - piece))
+        for i in range(len(values)):
+            place = i // stride % places - piece
+            if 0 <= place < len(rows):
+                first = i - place * stride
+                out[i] = round(sum(values[first + f * stride] * row[place] for f, row in enumerate(rows)) / 2**23)
+    return out
+
+
+def synthesised(coefficients: list[float], shape: list[int], width: int) -> list[float]:
+    """float32 each, before they are rounded."""
+    sides = [shape[1] // width, width] if len(shape) == 2 else shape[2:]
+    unit = 2.0 ** (math.frexp(max(map(abs, coefficients)))[1] - 25)
+    values = [round(x / unit) for x in coefficients]
+    for i, places in enumerate(sides):
+        if places > 1:
+            values = along(values, math.prod(sides[i + 1 :]), places)
+    return [x * unit for x in values]
+
+
+class Tensor(NamedTuple):
+    """codes: None for constant and raw ones. width: None for those that are not transformed."""
+
+    name: str
+    choice: str
+    shape: list[int]
+    codes: list[int] | None
+    parameters: list[float]
+    width: int | None
+
+
+def read(data: bytes, dictionary: bytes) -> Iterator[Tensor]:
+    assert data[:4] == b"\x89ACZ"
+    version = data[4]
+    assert version in (1, 2)
     assert zlib.crc32(data[9:]) == int.from_bytes(data[5:9], "little")
     start = Header(data[9:])
     length = start.varint()
@@ -428,14 +477,18 @@ def read(data: bytes, dictionary: bytes) -> Iterator[tuple[str, str, list[int], 
     shapes = header.shapes(count)
     kinds = [header.varint() for _ in names]
     chosen = [CHOICES[(k - 2) // 32][(k - 2) % 32] if k > 1 else ("constant", "raw")[k] for k in kinds]
+    widths: dict[int, int] = {}
+    for _ in range(header.varint() if version > 1 else 0):
+        place, transform, width = header.varint(), header.varint(), header.varint()
+        assert transform == 0
+        widths[place] = width
     counts = [parameter_count(c, s) if k > 1 else 0 for c, s, k in zip(chosen, shapes, kinds, strict=True)]
     planes = [header.take(sum(counts)) for _ in range(4)]
     parameters = iter([struct.unpack("<f", bytes(four))[0] for four in zip(*planes, strict=True)])
-    for name, choice, shape, kind, some in zip(names, chosen, shapes, kinds, counts, strict=True):
+    for at, (name, choice, shape, kind, some) in enumerate(zip(names, chosen, shapes, kinds, counts, strict=True)):
         own = [next(parameters) for _ in range(some)]
-        if kind < 2:
-            yield name, choice, shape, None, own
-        elif choice in FLOATS:
-            yield name, choice, shape, floats(stream, math.prod(shape), *FLOATS[choice]), own
-        else:
-            yield name, choice, shape, repeated(stream, choice, shape), own
+        found = None
+        if kind > 1:
+            size = math.prod(shape)
+            found = floats(stream, size, *FLOATS[choice]) if choice in FLOATS else repeated(stream, choice, shape)
+        yield Tensor(name, choice, shape, found, own, widths.get(at))

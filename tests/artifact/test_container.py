@@ -6,6 +6,7 @@ import os
 import tracemalloc
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,20 @@ from autocompress.files import write_file
 from autocompress.recipe import Recipe
 from autocompress.report.inside import parts
 from autocompress.tasks.digits import residual_net
-from autocompress.techniques.base import coding_choices, coding_of
+from autocompress.techniques.base import Basis, coding_choices, coding_of, transforms
 
 names = st.text(st.characters(exclude_characters="\n:", exclude_categories=["C"]), min_size=1, max_size=12)
 
 
 def plan(value: torch.Tensor, choice: str) -> Plan:
     return Plan(value, choice, coding_of(choice).initial(value, choice))
+
+
+def basis_for(value: torch.Tensor) -> Basis | None:
+    """Each row of a matrix is one picture of one row."""
+    if value.ndim < 2 or not value.numel():
+        return None
+    return Basis(transforms()["dct"], value.shape[1] if value.ndim == 2 else 0)
 
 
 @st.composite
@@ -48,7 +56,8 @@ def plans(draw: st.DrawFn) -> dict[str, Plan]:
         torch.manual_seed(draw(st.integers(0, 99)))
         if draw(st.booleans()):
             value = torch.randn(shape) * (torch.rand(shape) < 0.5)
-            out[name] = plan(value, draw(st.sampled_from(sorted(map(str, coding_choices())))))
+            coded = plan(value, draw(st.sampled_from(sorted(map(str, coding_choices())))))
+            out[name] = replace(coded, basis=draw(st.sampled_from([None, basis_for(value)])))
         else:
             out[name] = Plan(torch.randint(-5, 5, shape), "float32")
     return out
@@ -69,7 +78,11 @@ def test_round_trip(written: dict[str, Plan], recipe: Recipe) -> None:
     assert artifact.recipe == recipe
     assert list(artifact.tensors) == list(written)
     for name, given_plan in written.items():
-        expected, got = decoded(given_plan), artifact.tensors[name].value
+        expected, stored = decoded(given_plan), artifact.tensors[name]
+        got = stored.value if stored.coefficients is None else stored.coefficients
+        if stored.basis:
+            assert torch.equal(stored.value, stored.basis.read(got))
+        assert stored.basis == (given_plan.basis if stored.choice not in ("constant", "raw") else None)
         assert got.dtype == expected.dtype
         assert got.shape == expected.shape
         assert torch.equal(got, expected)
@@ -89,6 +102,7 @@ def sample() -> bytes:
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3)
     layers = {f"layer{i}.weight": plan(weight * i, choice) for i, choice in enumerate(["int4", "float16", "int2"], 1)}
+    layers["layer1.weight"] = replace(layers["layer1.weight"], basis=basis_for(weight))
     layers["steps"] = Plan(torch.tensor(7), "float32")
     return encode_artifact(layers, Recipe.of({"layer1:weights": "int4", "model:vectors": "e8m3"}))
 
@@ -128,12 +142,12 @@ def test_a_mutated_file_with_a_right_checksum_is_read_or_refused(data: st.DataOb
         decode_artifact(sealed(bytes(broken[:cut])))
 
 
-def forged(header: bytes) -> bytes:
+def forged(header: bytes, version: int = 1) -> bytes:
     """A file with this header, well coded and sealed."""
     state = CoderState()
     state.code_text(np.frombuffer(header, np.uint8).copy())
     body = bytes([len(header)]) + state.finish()
-    return sealed(MAGIC + bytes([VERSION]) + bytes(4) + body)
+    return sealed(MAGIC + bytes([version]) + bytes(4) + body)
 
 
 BILLION = b"\x80\x94\xeb\xdc\x03"
@@ -161,6 +175,36 @@ def test_a_header_that_lies_is_refused_before_it_costs_anything(message: str) ->
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+TRANSFORMED = b"\x01\x01w\x02\x05\x09"
+"""One matrix of 4 x 8, up to its kind."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "bases"),
+    [
+        (INT8, b"\x01\x01\x00\x08"),  # of a tensor that is not there
+        (INT8, b"\x01\x00\x7f\x08"),  # an unknown one
+        (INT8, b"\x01\x00\x00\x03"),  # of a width that does not fit
+        (INT8, b"\x01\x00\x00\x00"),
+        (CONSTANT, b"\x01\x00\x00\x08"),  # of what may be huge
+        (RAW, b"\x01\x00\x00\x08"),
+    ],
+)
+def test_a_transform_that_does_not_fit_is_refused(kind: bytes, bases: bytes) -> None:
+    with pytest.raises(ArtifactError, match="unknown or does not fit"):
+        decode_artifact(forged(TRANSFORMED + kind + bases + bytes(40), 2))
+
+
+def test_only_files_with_transforms_need_a_new_reader() -> None:
+    torch.manual_seed(0)
+    value = torch.randn(4, 16)
+    plain, basis = plan(value, "int4"), Basis(transforms()["dct"], 4)
+    versions = {}
+    for name, one in {"plain": plain, "dct": replace(plain, basis=basis), "zeros": Plan(value * 0, "float32")}.items():
+        versions[name] = encode_artifact({"w": one}, Recipe())[len(MAGIC)]
+    assert versions == {"plain": 1, "dct": 2, "zeros": 1}
 
 
 def test_a_constant_costs_nothing_however_large_it_is() -> None:

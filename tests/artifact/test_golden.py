@@ -20,7 +20,7 @@ import autocompress  # noqa: F401  (registers the techniques)
 from autocompress.artifact.container import VERSION, Artifact, Plan, decode_artifact, encode_artifact
 from autocompress.artifact.dictionary import DICTIONARY
 from autocompress.recipe import Recipe
-from autocompress.techniques.base import Coded, coding_choices, coding_of
+from autocompress.techniques.base import Basis, Coded, coding_of, transforms
 from tests.artifact import reference_reader
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,12 +49,18 @@ def test_it_still_decodes_to_the_same(file: Path) -> None:
 def test_a_reader_written_from_the_documentation_reads_it(file: Path) -> None:
     """docs/format.md is enough: the reader beside this test shares no code with ours."""
     ours = decode_artifact(file.read_bytes()).tensors
-    for name, choice, shape, codes, parameters in reference_reader.read(file.read_bytes(), DICTIONARY.tobytes()):
+    for name, choice, shape, codes, parameters, width in reference_reader.read(file.read_bytes(), DICTIONARY.tobytes()):
         tensor = ours[name]
         assert (choice, shape, tuple(parameters)) == (tensor.choice, list(tensor.value.shape), tensor.parameters)
-        if codes is not None:
-            read = np.array(codes, np.int64).astype(np.int32).reshape(shape)
-            assert torch.equal(coding_of(choice).decode(Coded(read, tuple(parameters)), choice), tensor.value), name
+        if codes is None:
+            continue
+        read = np.array(codes, np.int64).astype(np.int32).reshape(shape)
+        value = coding_of(choice).decode(Coded(read, tuple(parameters)), choice)
+        assert torch.equal(value, tensor.value if tensor.coefficients is None else tensor.coefficients), name
+        assert (width is None) == (tensor.basis is None)
+        if width is not None:
+            plain = torch.tensor(reference_reader.synthesised(value.flatten().tolist(), shape, width))
+            assert torch.equal(plain.view(shape), tensor.value), name
 
 
 def test_every_version_has_golden_files() -> None:
@@ -62,33 +68,23 @@ def test_every_version_has_golden_files() -> None:
 
 
 def make() -> None:
-    """One file with every coding and shape, one whose matrices choose every way to be walked."""
+    """Transformed matrices and kernels. Version 1 has every coding and shape, and every way to walk a matrix; the
+    history knows what wrote that."""
     torch.manual_seed(0)
-    shapes = [(6, 4, 3, 3), (5, 3, 5), (12, 20), (33,), (4, 2, 2, 2, 2), (), (1, 9)]
-    codings = {}
-    for i, choice in enumerate(coding_choices()):
-        value = torch.randn(shapes[i % len(shapes)]) * (torch.rand(shapes[i % len(shapes)]) < 0.6)
-        codings[f"block{i}.conv.weight"] = Plan(value, choice, coding_of(choice).initial(value, choice))
-    codings["constant"] = Plan(torch.full((2, 3), 0.5), "float32")
-    for dtype in (torch.int64, torch.int8, torch.bool):
-        codings[str(dtype)] = Plan(torch.tensor([3, 0, 1]).to(dtype), "float32")
-    smooth = torch.nn.functional.avg_pool2d(torch.randn(8, 1, 16, 16), 3, 1, 1)
-    dead = torch.randn(20, 6, 3, 3)
-    walks = {
-        "image": smooth.view(8, 256),
-        "transposed": smooth.view(8, 256).T,
-        "channels": torch.nn.functional.avg_pool2d(torch.randn(8, 12, 4, 4), 3, 1, 1).view(8, 192),
-        "pruned": dead * (dead.abs() > 0.8),
-        "factors": torch.randn(64, 2) @ torch.randn(2, 40) + 0.1 * torch.randn(64, 40),
-    }
-    plans = {f"{name}.weight": Plan(w, "int5", coding_of("int5").initial(w, "int5")) for name, w in walks.items()}
-    recipe = Recipe.of({"block0.conv:activation_bits": 8, "relu:activation": "hardtanh", "model:price": 0.5})
-    GOLDEN.mkdir(exist_ok=True)
-    for name, written in (("codings", codings), ("walks", plans)):
-        data = encode_artifact(written, recipe)
-        (GOLDEN / f"v{VERSION}-{name}.acz").write_bytes(data)
-        expected = json.dumps(content(decode_artifact(data)), indent=1)
-        (GOLDEN / f"v{VERSION}-{name}.json").write_text(expected + "\n")
+    widths = {(5, 90): 9, (6, 70): 70, (4, 40): 10, (3, 2, 3, 3): 0, (4, 3, 9): 0, (2, 1, 2, 3, 8): 0}
+    written: dict[str, Plan] = {}
+    for shape, width in widths.items():
+        for choice in ("int4", "e8m3"):
+            value = torch.randn(shape) * (torch.rand(shape) < 0.5)
+            fitted = coding_of(choice).initial(value, choice)
+            written[f"{choice}{len(written)}.weight"] = Plan(value, choice, fitted, Basis(transforms()["dct"], width))
+    written["zeros.weight"] = Plan(torch.zeros(4, 16), "int4", torch.zeros(1), Basis(transforms()["dct"], 4))
+    written["plain.weight"] = Plan(torch.randn(6, 5), "float32")
+    recipe = Recipe.of({"int40:activation_bits": 8})
+    data = encode_artifact(written, recipe)
+    (GOLDEN / f"v{VERSION}-transforms.acz").write_bytes(data)
+    expected = json.dumps(content(decode_artifact(data)), indent=1)
+    (GOLDEN / f"v{VERSION}-transforms.json").write_text(expected + "\n")
 
 
 if __name__ == "__main__":

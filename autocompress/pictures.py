@@ -1,0 +1,77 @@
+"""Which weights lie on a picture or a signal: kernels do by their shape, linear layers if their inputs resemble their
+neighbours, side by side and, where they are a picture, from one row to the next. None that is pruned or quantised
+already counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.anatomy import Anatomy, Layer
+from autocompress.hooks import Hook, forward_hooks
+from autocompress.surgery import as_real, owners
+from autocompress.task import Calibration
+
+_FEWEST, _MOST, _SAMPLE = 8, 1 << 20, 4096
+"""Inputs of a layer, at least; values of them, and weights, that are looked at."""
+_ALIKE, _ROWS_ALIKE = 0.6, 0.5
+"""The least correlation of neighbours in a row, and of those in a column."""
+_DENSE, _VARIED = 0.7, 0.25
+"""Of weights that are not compressed yet, the least share that is not zero, and of different values."""
+
+
+def with_pictures(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anatomy:
+    """The same with the `picture` of each layer. run: runs the model on a batch."""
+    places, read = owners(model), dict[str, tuple[int, ...]]()
+    modules = {layer.name: places[layer.parameter][0][0] for layer in anatomy.layers}
+
+    def watch(name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].is_floating_point() and name not in read:
+                read[name] = picture_of(args[0].detach().flatten(0, -2))
+
+        return hook
+
+    linear = {name: modules[name] for name in anatomy.inputs if isinstance(modules.get(name), nn.Linear)}
+    with forward_hooks((module, watch(name)) for name, module in linear.items()), torch.no_grad():
+        run(model)
+
+    def picture(layer: Layer) -> tuple[int, ...]:
+        module = modules[layer.name]
+        if not _is_free(as_real(model.get_parameter(layer.parameter))):
+            return ()
+        if isinstance(module, nn.modules.conv._ConvNd) and not module.weight.is_complex():
+            return tuple(module.kernel_size) if max(module.kernel_size) > 2 else ()
+        return read.get(layer.name, ())
+
+    return replace(anatomy, layers=tuple(replace(layer, picture=picture(layer)) for layer in anatomy.layers))
+
+
+def _is_free(weight: Tensor) -> bool:
+    """Whether it is not pruned or quantised yet, which another basis would undo."""
+    some = weight.detach().flatten()[:_SAMPLE]
+    return int(some.count_nonzero()) > _DENSE * len(some) and len(torch.unique(some)) > _VARIED * len(some)
+
+
+def picture_of(inputs: Tensor) -> tuple[int, ...]:
+    """(rows, columns) of the picture that each row of float [n, inputs] is, (inputs,) if it is a signal, () if neither.
+
+    By the autocorrelation of what differs from one row to the other (Wiener-Khinchin theorem): that of a picture is
+    largest at its width.
+    """
+    count = inputs.shape[1]
+    values = inputs[: _MOST // max(count, 1)].double()
+    values = values - values.mean(0)
+    power = values.square().mean()
+    if count < _FEWEST or (values[:, 1:] * values[:, :-1]).mean() < _ALIKE * power or not 0 < power < math.inf:
+        return ()
+    spectrum = torch.fft.rfft(values, 2 * count).abs().square().mean(0)
+    alike = torch.fft.irfft(spectrum, 2 * count)[:count] / torch.arange(count, 0, -1, device=values.device) / power
+    near: list[float] = alike.tolist()
+    widths = [w for w in range(3, count // 2 + 1) if count % w == 0 and near[w] > max(near[w - 1], near[w + 1])]
+    width = max(widths, key=near.__getitem__, default=count)
+    return (count // width, width) if width < count and near[width] >= _ROWS_ALIKE else (count,)

@@ -1,0 +1,69 @@
+"""Which weights lie on a picture or a signal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autocompress.pictures import picture_of
+from autocompress.space import BoundSpace, SearchSpace
+from autocompress.task import Task
+from autocompress.trial import Workshop
+
+
+def smooth(*shape: int) -> Tensor:
+    """Noise, averaged over squares of five."""
+    torch.manual_seed(0)
+    return nn.functional.avg_pool2d(torch.randn(*shape), 5, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (smooth(64, 1, 28, 28), (28, 28)),
+        (smooth(64, 1, 9, 12), (9, 12)),
+        (smooth(64, 3, 16, 16), (48, 16)),
+        (smooth(500, 1, 1, 30), (30,)),
+        (smooth(64, 1, 28, 28)[..., torch.randperm(28), :][..., torch.randperm(28)], ()),
+        (torch.randn(64, 100), ()),
+        (torch.ones(64, 100), ()),
+        (torch.randn(64, 4).cumsum(1), ()),
+        (torch.full((4, 100), torch.inf), ()),
+        (torch.randn(1, 100), ()),
+    ],
+    ids=["square", "oblong", "colours", "signal", "shuffled", "noise", "constant", "few", "infinite", "one"],
+)
+def test_pictures_are_told_by_what_is_like_its_neighbours(inputs: Tensor, expected: tuple[int, ...]) -> None:
+    assert picture_of(inputs.flatten(1)) == expected
+
+
+def test_kernels_and_first_layers_have_one_and_spaces_name_them(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(576, 3))
+    batch = smooth(64, 1, 12, 12), torch.zeros(64, dtype=torch.long)
+    task = Task(model, [batch], [batch], [batch], epochs=1)
+    workshop = Workshop(task, model, SearchSpace.named("default"), tmp_path, 0)
+    assert {layer.name: layer.picture for layer in workshop.anatomy.layers}["0"] == (3, 3)
+    assert {layer.name: layer.picture for layer in workshop.anatomy.layers}["2"] == ()
+    assert [d.choices for d in workshop.space if d.key == "0:transform"] == [("dct",)]
+    assert not [d for d in workshop.space if d.key == "2:transform"]
+    task.epochs = 0  # what stands in for training does not know transforms
+    assert not [
+        d for d in Workshop(task, model, SearchSpace.named("default"), tmp_path, 0).space if d.name == "transform"
+    ]
+
+
+@pytest.mark.parametrize("how", ["as it is", "pruned", "quantised"])
+def test_a_perceptron_that_reads_pictures(tmp_path: Path, how: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 3))
+    weight = model.get_parameter("1.weight").data
+    if how == "pruned":
+        weight[torch.rand_like(weight) < 0.5] = 0
+    if how == "quantised":
+        weight.copy_((weight * 60).round() / 60)
+    batch = smooth(64, 1, 12, 12), torch.zeros(64, dtype=torch.long)
+    task = Task(model, [batch], [batch], [batch], epochs=1)
+    anatomy = Workshop(task, model, BoundSpace(()), tmp_path, 0).anatomy
+    assert [layer.picture for layer in anatomy.layers] == [(12, 12) if how == "as it is" else (), ()]
