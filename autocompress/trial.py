@@ -224,6 +224,8 @@ class Workshop:
         seed_everything(self.seed * 1_000_003 + spec.number)
         folder = self.trial_folder(spec.number)
         recipe = Recipe.from_json(spec.recipe)
+        if not self.task.epochs:
+            recipe = Recipe.of({k: c for k, c in recipe.as_dict().items() if not needs_training(k.rpartition(":")[2])})
         write_file(folder / RECIPE, json.dumps(spec.recipe, indent=1).encode())
         state, start, parent_recipe = None, None, None
         if spec.parent is not None and self.task.epochs:

@@ -125,7 +125,7 @@ def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
             kinds.append(_CODED + coding.choices().index(choice) + _CHOICES * coding.tag)
             coded[name] = coding, choice, _coded(name, value.float(), plans[name])
     state = CoderState()
-    bases = {at: basis for at, (n, plan) in enumerate(plans.items()) if (basis := plan.basis) and n in coded}
+    bases = [plans[name].basis if name in coded else None for name in plans]
     header = _header(values, kinds, bases, [tensor for _, _, tensor in coded.values()], recipe)
     state.code_text(np.frombuffer(header, np.uint8).copy())
     for coding, choice, tensor in coded.values():
@@ -133,7 +133,7 @@ def encode_artifact(plans: dict[str, Plan], recipe: Recipe) -> bytes:
     length = _Writer()
     length.varint(len(header))
     body = bytes(length.data) + state.finish()
-    return MAGIC + struct.pack("<BI", VERSION if bases else 1, zlib.crc32(body)) + body
+    return MAGIC + struct.pack("<BI", VERSION if any(bases) else 1, zlib.crc32(body)) + body
 
 
 def _coded(name: str, value: Tensor, plan: Plan) -> Coded:
@@ -143,7 +143,7 @@ def _coded(name: str, value: Tensor, plan: Plan) -> Coded:
 
 
 def _header(
-    values: dict[str, Tensor], kinds: list[int], bases: dict[int, Basis], coded: list[Coded], recipe: Recipe
+    values: dict[str, Tensor], kinds: list[int], bases: list[Basis | None], coded: list[Coded], recipe: Recipe
 ) -> bytes:
     """Column by column: names, dimensions, kinds, transforms, parameters, raw values, recipe."""
     writer = _Writer()
@@ -159,10 +159,10 @@ def _header(
         guess.take(place, i, size)
     for kind in kinds:
         writer.varint(kind)
-    if bases:
-        writer.varint(len(bases))
-        for number in [number for at, basis in bases.items() for number in (at, basis.transform.tag, basis.width)]:
-            writer.varint(number)
+    for basis in itertools.compress(bases, _may_be_transformed(shapes, kinds)) if any(bases) else ():
+        writer.varint(basis.transform.tag + 1 if basis else 0)
+        if basis and basis.width:
+            writer.varint(basis.width)
     parameters = np.array([p for tensor in coded for p in tensor.parameters], "<f4")
     writer.data += parameters.view(np.uint8).reshape(-1, 4).T.tobytes()
     for value, kind in zip(values.values(), kinds, strict=True):
@@ -170,6 +170,10 @@ def _header(
             _write_raw(writer, value.flatten()[:1] if kind == _CONSTANT else value)
     _write_recipe(writer, recipe, list(values))
     return bytes(writer.data)
+
+
+def _may_be_transformed(shapes: list[tuple[int, ...]], kinds: list[int]) -> list[bool]:
+    return [kind >= _CODED and len(shape) > 1 for shape, kind in zip(shapes, kinds, strict=True)]
 
 
 class _Guess:
@@ -321,7 +325,7 @@ class _Reader:
         shapes = self.shapes(names)
         kinds = [self.varint() for _ in names]
         self.bound(shapes, kinds, length)
-        bases = self.bases(shapes, kinds) if version > 1 else {}
+        bases = self.bases(names, shapes, kinds) if version > 1 else {}
         codings = iter(self.codings(kinds, shapes))
         plain = {
             name: self.plain(name, shape, kind)
@@ -337,10 +341,11 @@ class _Reader:
         }
         if not length <= state.position <= length + 8:
             raise self.broken("its stream has another length than its tensors")
-        for at, basis in bases.items():
-            stored = tensors[names[at]]
-            value = basis.read(stored.value)
-            tensors[names[at]] = replace(stored, value=value, coefficients=stored.value, basis=basis)
+        for name, basis in bases.items():
+            coefficients = tensors[name].value
+            tensors[name] = replace(
+                tensors[name], value=basis.read(coefficients), coefficients=coefficients, basis=basis
+            )
         return tensors, recipe
 
     def shapes(self, names: list[str]) -> list[tuple[int, ...]]:
@@ -367,17 +372,15 @@ class _Reader:
         if coded > MAX_WEIGHTS_PER_BYTE * (length + 64) or raw > len(self.data):
             raise self.broken("it declares more weights than its length can hold")
 
-    def bases(self, shapes: list[tuple[int, ...]], kinds: list[int]) -> dict[int, Basis]:
-        """Place of a tensor -> the basis of its codes."""
+    def bases(self, names: list[str], shapes: list[tuple[int, ...]], kinds: list[int]) -> dict[str, Basis]:
         bases = {}
-        for _ in range(self.varint()):
-            at, tag, width = self.varint(), self.varint(), self.varint()
-            transform = transform_tagged(tag)
-            shape = shapes[at] if at < len(shapes) and kinds[at] >= _CODED else ()
-            fits = bool(width) and shape[1] % width == 0 if len(shape) == 2 else len(shape) > 2 and not width
-            if transform is None or not fits:
-                raise self.broken("a tensor has a transform that is unknown or does not fit it")
-            bases[at] = Basis(transform, width)
+        for name, shape in itertools.compress(zip(names, shapes, strict=True), _may_be_transformed(shapes, kinds)):
+            number = self.varint()
+            if number:
+                transform, width = transform_tagged(number - 1), self.varint() if len(shape) == 2 else 0
+                if transform is None or (len(shape) == 2 and (not width or shape[1] % width)):
+                    raise self.broken(f"tensor {name!r} has a transform that is unknown or does not fit")
+                bases[name] = Basis(transform, width)
         return bases
 
     def codings(

@@ -478,10 +478,9 @@ def read(data: bytes, dictionary: bytes) -> Iterator[Tensor]:
     kinds = [header.varint() for _ in names]
     chosen = [CHOICES[(k - 2) // 32][(k - 2) % 32] if k > 1 else ("constant", "raw")[k] for k in kinds]
     widths: dict[int, int] = {}
-    for _ in range(header.varint() if version > 1 else 0):
-        place, transform, width = header.varint(), header.varint(), header.varint()
-        assert transform == 0
-        widths[place] = width
+    for at, (shape, kind) in enumerate(zip(shapes, kinds, strict=True)):
+        if version > 1 and kind > 1 and len(shape) > 1 and header.varint() == 1:
+            widths[at] = header.varint() if len(shape) == 2 else 0
     counts = [parameter_count(c, s) if k > 1 else 0 for c, s, k in zip(chosen, shapes, kinds, strict=True)]
     planes = [header.take(sum(counts)) for _ in range(4)]
     parameters = iter([struct.unpack("<f", bytes(four))[0] for four in zip(*planes, strict=True)])
