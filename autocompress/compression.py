@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autocompress.anatomy import Anatomy, layer_name
 from autocompress.artifact import Weights
 from autocompress.artifact.container import Plan
+from autocompress.basis import Basis
 from autocompress.memory_format import mend_memory_format
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.reparametrization import copied
@@ -27,7 +28,6 @@ from autocompress.space import without_void
 from autocompress.surgery import as_real, assign, owners, tensors
 from autocompress.task import Calibration
 from autocompress.techniques.base import (
-    Basis,
     Coding,
     Masking,
     SparseLayer,

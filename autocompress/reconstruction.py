@@ -89,7 +89,7 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
     squares = squared_gradients(samples.task, candidate.model, weights, samples.small_batches(_BATCHES, _BATCH))
     candidate.materialise()
     for shadow in fitted.values():
-        shadow.write(shadow.dense)
+        shadow.write(shadow.out_of_basis(shadow.dense))
     for name, part in parts:
         match part:
             case _Part(Norm() as norm, None, _):
@@ -201,7 +201,7 @@ def _compress(
 ) -> None:
     """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them.
     squares: of the gradients of the weights, where some are to go. damping: at least."""
-    groups, shape = len(fit.rows), shadow.dense.shape
+    groups, shape, fit = len(fit.rows), shadow.dense.shape, _in_basis(fit, shadow)
     before = matrix.grouped(shadow.dense, groups).double()
     diagonal = _diagonal(fit.hessian) + _damping(fit, damping)[:, None]
     hessian = fit.hessian.diagonal_scatter(diagonal, dim1=1, dim2=2)
@@ -214,8 +214,22 @@ def _compress(
     shadow.dense = matrix.restored(weight, shape).float()
     candidate.fit_steps(shadow)
     if bias is not None:
-        moved = matrix.grouped(shadow.effective(), groups).double() - before
+        moved = matrix.grouped(shadow.coefficients(), groups).double() - before
         bias += (fit.lack - (moved @ fit.input[:, :, None])[:, :, 0]).flatten().to(bias.dtype)
+
+
+def _in_basis(fit: _Fit, shadow: ShadowedLayer) -> _Fit:
+    """As if the layer were given the coefficients of its inputs."""
+    if shadow.basis is None:
+        return fit
+    basis, kernel = shadow.basis, shadow.dense.shape[2:]
+
+    def turned(values: Tensor) -> Tensor:
+        rows = values.reshape(-1, 1, *kernel) if kernel else values.reshape(-1, values.shape[-1])
+        return basis.analysed(rows).reshape(values.shape)
+
+    hessian = turned(turned(fit.hessian).mT)
+    return fit._replace(hessian=hessian, pull=turned(fit.pull.mT).mT, input=turned(fit.input))
 
 
 def _worth(squares: Tensor) -> Tensor:

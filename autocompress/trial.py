@@ -45,7 +45,7 @@ from autocompress.reparametrization import copied
 from autocompress.seeds import rewound, seed_everything, seeded
 from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
-from autocompress.techniques.base import TrainingTechnique, Transform, maskings, needs_training, trainings
+from autocompress.techniques.base import TrainingTechnique, Transform, maskings, only_trains, trainings
 from autocompress.training import fine_tune, step_costs, try_autocast
 from autocompress.views import Samples
 
@@ -144,7 +144,7 @@ class Workshop:
         anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
         self.anatomy: Anatomy = with_pictures(anatomy, self.original, self.calibration)
         if isinstance(space, SearchSpace):
-            offered = [d for d in space.bind(self.anatomy) if task.epochs or not needs_training(d.name)]
+            offered = [d for d in space.bind(self.anatomy) if task.epochs or not only_trains(d.name)]
             space = BoundSpace(tuple(d for d in map(self._as_far_as_it_runs, offered) if d))
         self.space = space
 
@@ -224,8 +224,6 @@ class Workshop:
         seed_everything(self.seed * 1_000_003 + spec.number)
         folder = self.trial_folder(spec.number)
         recipe = Recipe.from_json(spec.recipe)
-        if not self.task.epochs:
-            recipe = Recipe.of({k: c for k, c in recipe.as_dict().items() if not needs_training(k.rpartition(":")[2])})
         write_file(folder / RECIPE, json.dumps(spec.recipe, indent=1).encode())
         state, start, parent_recipe = None, None, None
         if spec.parent is not None and self.task.epochs:

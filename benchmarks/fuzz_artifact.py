@@ -28,9 +28,10 @@ import torch
 
 from autocompress.artifact.coder import CoderState, Scan
 from autocompress.artifact.container import Plan, decode_artifact, encode_artifact
+from autocompress.basis import Basis
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Recipe
-from autocompress.techniques.base import Basis, coding_choices, coding_of, transforms
+from autocompress.techniques.base import coding_choices, coding_of, transforms
 
 SECONDS, MEMORY = 20.0, 1 << 30
 CHUNK = 1000

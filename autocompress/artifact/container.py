@@ -24,9 +24,10 @@ from torch import Tensor
 
 from autocompress.artifact.coder import MAX_WEIGHTS_PER_BYTE, CoderState
 from autocompress.artifact.codes import read_codes, write_codes
+from autocompress.basis import Basis
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Choice, Recipe
-from autocompress.techniques.base import Basis, Coded, Coding, coding_of, coding_tagged, transform_tagged
+from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged, transform_tagged
 
 MAGIC = b"\x89ACZ"
 VERSION = 2

@@ -11,7 +11,7 @@ a recipe is applied:
   `coding(masking(w))`, differentiable in `w` and in the learned parameters (straight-through
   estimator, Bengio et al., 2013). The file stores `Coding.encode` of the same function's result, so
   what is simulated and what is stored cannot drift apart. Where there is a transform, `w` are the coefficients of the
-  weight in another basis, and the model sees what `Transform.synthesise` makes of them.
+  weight in another basis, and the model sees the weight that they stand for.
 - `TrainingTechnique` changes only how a candidate is pruned and fine-tuned.
 
 Several codings share the dimension `weights`: each recognises its own choices.
@@ -125,7 +125,7 @@ class StructureTechnique(Technique):
 
 class Transform(Technique):
     """Another basis, orthonormal, for what a row of weights lies on: a kernel, or the picture that a layer reads. What
-    is pruned, quantised and stored of such a layer are the coefficients of its weights.
+    is pruned, quantised and stored of such a layer are the coefficients of its weights (see `basis.py`).
 
     choice: its name in the dimension, which all transforms share. tag: the number that names it in a file; fixed for
     ever once released.
@@ -138,13 +138,9 @@ class Transform(Technique):
     tag: ClassVar[int]
 
     @abstractmethod
-    def analyse(self, pictures: Tensor) -> Tensor:
-        """The coefficients of float32 [n, ...] pictures, of any number of dimensions, in the same shape."""
-
-    @abstractmethod
-    def synthesise(self, coefficients: Tensor) -> Tensor:
-        """Inverse of `analyse`; differentiable. Whole numbers of less than 2^26 in float64 become whole numbers with no
-        other error than that they are rounded half to even after each dimension: so every machine gets the same."""
+    def matrix(self, places: int) -> Tensor:
+        """A row for each coefficient of a line of so many places, at most 64: float64 [places, places], orthonormal, in
+        multiples of 2^-23, no row with more than eight that are not zero."""
 
     def examples(self) -> Sequence[Choice]:
         return (self.default, self.choice)
@@ -157,32 +153,6 @@ class Transform(Technique):
 
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
         return [layer.name for layer in anatomy.layers if layer.picture]
-
-
-@dataclass(frozen=True)
-class Basis:
-    """A transform of one tensor. width: columns of the picture that each row of a matrix lies on; 0 for kernels."""
-
-    transform: Transform
-    width: int = 0
-
-    def analysed(self, weight: Tensor) -> Tensor:
-        """The coefficients of a weight, float32, in its shape; of its gradient, too, for the basis is orthonormal."""
-        return self.transform.analyse(self._pictures(weight)).reshape(weight.shape)
-
-    def synthesised(self, coefficients: Tensor) -> Tensor:
-        """The weight, float32; differentiable."""
-        return self.transform.synthesise(self._pictures(coefficients)).reshape(coefficients.shape)
-
-    def read(self, coefficients: Tensor) -> Tensor:
-        """The weight, float32, as every reader of a file gets it: by whole numbers, of which 2^25 are more than any
-        coefficient."""
-        unit = 2.0 ** (int(torch.frexp(coefficients.abs().max()).exponent) - 25)
-        return (self.synthesised((coefficients.double() / unit).round()) * unit).float()
-
-    def _pictures(self, values: Tensor) -> Tensor:
-        shape = (values.shape[1] // self.width, self.width) if values.ndim == 2 else values.shape[2:]
-        return values.reshape(-1, *shape)
 
 
 class Masking(Technique):
@@ -429,11 +399,10 @@ def trainings() -> Mapping[str, TrainingTechnique]:
 _TRAINS = ("autocast", "penalty", "learning_rate_factor", "term", "regrown", "settle")
 
 
-def needs_training(dimension: str) -> bool:
-    """Whether it is that of a technique that acts by fine-tuning alone, or that what stands in for it does not know."""
+def only_trains(dimension: str) -> bool:
+    """Whether it is that of a technique that acts by fine-tuning alone."""
     kind, general = type(_TRAININGS.get(dimension)), TrainingTechnique
-    trains = dimension in _TRAININGS and any(getattr(kind, name) is not getattr(general, name) for name in _TRAINS)
-    return trains or dimension == Transform.name
+    return dimension in _TRAININGS and any(getattr(kind, name) is not getattr(general, name) for name in _TRAINS)
 
 
 def transforms() -> Mapping[Choice, Transform]:

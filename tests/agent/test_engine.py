@@ -86,7 +86,7 @@ class Endless:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux only")
-def test_ray_is_private_and_silent_and_all_processes_that_wait_run_trials(
+def test_ray_is_private_and_silent_and_processes_that_wait_run_trials(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also trials that are shorter than the start of a worker are run by all of them."""

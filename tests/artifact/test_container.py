@@ -27,12 +27,13 @@ from autocompress.artifact.container import (
     read_artifact,
 )
 from autocompress.artifact.pack import unpack
+from autocompress.basis import Basis
 from autocompress.errors import ArtifactError
 from autocompress.files import write_file
 from autocompress.recipe import Recipe
 from autocompress.report.inside import parts
 from autocompress.tasks.digits import residual_net
-from autocompress.techniques.base import Basis, coding_choices, coding_of, transforms
+from autocompress.techniques.base import coding_choices, coding_of, transforms
 
 names = st.text(st.characters(exclude_characters="\n:", exclude_categories=["C"]), min_size=1, max_size=12)
 

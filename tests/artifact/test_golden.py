@@ -19,8 +19,9 @@ import torch
 import autocompress  # noqa: F401  (registers the techniques)
 from autocompress.artifact.container import VERSION, Artifact, Plan, decode_artifact, encode_artifact
 from autocompress.artifact.dictionary import DICTIONARY
+from autocompress.basis import Basis
 from autocompress.recipe import Recipe
-from autocompress.techniques.base import Basis, Coded, coding_of, transforms
+from autocompress.techniques.base import Coded, coding_of, transforms
 from tests.artifact import reference_reader
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,12 +13,13 @@ from torch import nn
 
 from autocompress.artifact import pack, read_artifact, unpack
 from autocompress.artifact.container import decode_artifact
+from autocompress.basis import Basis
 from autocompress.compression import Candidate
 from autocompress.recipe import Recipe
 from autocompress.report.inside import parts
 from autocompress.space import SearchSpace
 from autocompress.task import Task
-from autocompress.techniques.base import Basis, transforms
+from autocompress.techniques.base import transforms
 from autocompress.training import fine_tune
 from autocompress.trial import Workshop
 from tests.conftest import workshop_of, zoo_task
