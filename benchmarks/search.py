@@ -8,8 +8,9 @@ of epochs. Optuna's samplers start every trial from the original's weights, at t
 `nsga2-learning-rate` may choose, too. Ours knows its budget: it has a run of 10, one of 25 and one of 50 trials.
 Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate` (no price of bits), `no-race` (the
 task's own learning rate), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast`
-(nothing is learned from parents and children). `max-size` is ours with a size to meet, `min-accuracy` with an accuracy
-to keep, `everything` ours in the space of every technique (all others: `default`).
+(nothing is learned from parents and children), `no-transform` (weights are pruned and stored as they are). Ours with a
+size to meet is `max-size`, with an accuracy to keep `min-accuracy`, in the space of every technique `everything` (all
+others: `default`).
 
 Hypervolume is that of log2 bytes x accuracy over the reference point: the bytes of the original's float32 file, and
 an error of twice the original's plus 5 points. One process a core; each finished job is a file in
@@ -112,6 +113,7 @@ METHODS: dict[str, Method] = {
     "no-forecast": lambda profile, budget, base, seed, size: _Unlearning(
         profile, budget, base.val_accuracy, seed, chance_accuracy=base.chance_accuracy
     ),
+    "no-transform": _frontier,
     "everything": _frontier,
     "max-size": lambda profile, budget, base, seed, size: make_sampler(
         "frontier", profile, budget, base, seed, size, None
@@ -139,7 +141,10 @@ def space_for(method: str) -> ac.SearchSpace:
         {"no-race", *OPTUNA} - {"nsga2-learning-rate"}, "learning_rate"
     )
     left = {name: choices for name, choices in space.training.items() if name != without.get(method)}
-    return replace(space, training=left)
+    rules = space.rules
+    if method == "no-transform":
+        rules = tuple((at, {name: c for name, c in rule.items() if name != "transform"}) for at, rule in rules)
+    return replace(space, training=left, rules=rules)
 
 
 def run_job(job: Job) -> int:
