@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 from torch import nn
 
-from autocompress.artifact import pack, read_artifact, unpack
+from autocompress.artifact import load, pack, read_artifact, unpack
 from autocompress.artifact.container import decode_artifact
 from autocompress.basis import Basis
 from autocompress.compression import Candidate
@@ -154,3 +156,26 @@ def test_trials_of_a_space_that_offers_it_and_bytes_foreseen(tmp_path: Path) -> 
     assert min(first.val_accuracy, second.val_accuracy) > 0.8
     stored = read_artifact(workshop.trial_folder(1) / "model.acz").tensors["1.weight"]
     assert stored.basis == Basis(DCT, 12)
+
+
+def test_without_training_layers_are_fitted_in_their_basis(tmp_path: Path) -> None:
+    """Nothing to choose: the same weights in any basis. Pruned: nearer to the original than without a fit."""
+    task = smooth_perceptron()
+    task.epochs = 0
+    workshop = Workshop(task, task.build(), SearchSpace.named("default"), tmp_path, 0)
+    assert [d.choices for d in workshop.space if d.key == "1:transform"] == [("dct",)]
+    weights = []
+    for number, transform in enumerate(("none", "dct")):
+        workshop.finish(number, Recipe.of({"1:transform": transform, "3:sparsity": 0.5}))
+        weights.append(load(workshop.trial_folder(number) / "model.acz", task.build()).get_parameter("1.weight"))
+    assert torch.allclose(weights[0], weights[1], atol=1e-4)
+    distances = []
+    for number, fit in ((2, True), (3, False)):
+        with nullcontext() if fit else mock.patch("autocompress.trial.reconstruct"):
+            workshop.finish(number, Recipe.of({"1:transform": "dct", "1:sparsity": 0.9}))
+        stored = read_artifact(workshop.trial_folder(number) / "model.acz").tensors["1.weight"].coefficients
+        assert stored is not None
+        assert (stored == 0).float().mean() >= 0.89
+        decoded = load(workshop.trial_folder(number) / "model.acz", task.build())
+        distances.append(workshop.prober.distance(decoded))
+    assert distances[0] < 0.7 * distances[1]
