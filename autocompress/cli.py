@@ -248,7 +248,12 @@ def _show_artifact(path: Path, as_json: bool) -> None:
         out.print(inside_table(artifact, str(path)))
         return
     tensors = {
-        name: {"shape": list(t.value.shape), "choice": t.choice, "size_bytes": t.size_bytes}
+        name: {
+            "shape": list(t.value.shape),
+            "choice": t.choice,
+            "transform": t.basis.transform.choice if t.basis else "none",
+            "size_bytes": t.size_bytes,
+        }
         for name, t in artifact.tensors.items()
     }
     sizes = {"size_bytes": artifact.size_bytes, "header_bytes": artifact.header_bytes}

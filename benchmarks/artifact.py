@@ -68,7 +68,7 @@ def codes_of(path: Path) -> tuple[dict[str, tuple[Array, Layout, int]], int, int
     for name, tensor in artifact.tensors.items():
         if tensor.choice not in ("constant", "raw"):
             coding = coding_of(tensor.choice)
-            coded = coding.encode(tensor.value, tensor.choice, torch.tensor(tensor.parameters))
+            coded = coding.encode(tensor.coded, tensor.choice, torch.tensor(tensor.parameters))
             tensors[name] = (coded.codes, coding.layout(tensor.choice), tensor.size_bytes)
     return tensors, artifact.header_bytes, artifact.size_bytes
 

@@ -69,6 +69,11 @@ class StoredTensor:
     coefficients: Tensor | None = None
     basis: Basis | None = None
 
+    @property
+    def coded(self) -> Tensor:
+        """What the file holds: the coefficients, or else the value."""
+        return self.value if self.coefficients is None else self.coefficients
+
 
 @dataclass(frozen=True)
 class Plan:

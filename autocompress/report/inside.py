@@ -69,8 +69,7 @@ def _layer(artifact: Artifact, name: str, tensor: StoredTensor) -> Part:
 
 def _zeros(tensor: StoredTensor) -> float:
     """Share of what is stored, 0 to 1. A constant is one value in memory, whatever its shape."""
-    stored = tensor.value if tensor.coefficients is None else tensor.coefficients
-    values = stored.flatten()[:1] if tensor.choice == "constant" else stored
+    values = tensor.coded.flatten()[:1] if tensor.choice == "constant" else tensor.coded
     return 1 - int(values.count_nonzero()) / max(values.numel(), 1)
 
 

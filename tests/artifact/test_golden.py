@@ -57,7 +57,7 @@ def test_a_reader_written_from_the_documentation_reads_it(file: Path) -> None:
             continue
         read = np.array(codes, np.int64).astype(np.int32).reshape(shape)
         value = coding_of(choice).decode(Coded(read, tuple(parameters)), choice)
-        assert torch.equal(value, tensor.value if tensor.coefficients is None else tensor.coefficients), name
+        assert torch.equal(value, tensor.coded), name
         assert (width is None) == (tensor.basis is None)
         if width is not None:
             plain = torch.tensor(reference_reader.synthesised(value.flatten().tolist(), shape, width))
