@@ -16,7 +16,7 @@ from autocompress.hooks import Hook, forward_hooks
 from autocompress.surgery import as_real, owners
 from autocompress.task import Calibration
 
-_FEWEST, _MOST, _SAMPLE = 8, 1 << 20, 4096
+_FEWEST, _MOST, _SAMPLE = 32, 1 << 20, 4096
 """Inputs of a layer, at least; values of them, and weights, that are looked at."""
 _ALIKE, _ROWS_ALIKE = 0.6, 0.5
 """The least correlation of neighbours in a row, and of those in a column."""
@@ -60,12 +60,13 @@ def _is_free(weight: Tensor) -> bool:
 def picture_of(inputs: Tensor) -> tuple[int, ...]:
     """(rows, columns) of the picture that each row of float [n, inputs] is, (inputs,) if it is a signal, () if neither.
 
-    By the autocorrelation of what differs from one row to the other (Wiener-Khinchin theorem): that of a picture is
-    largest at its width.
+    By the autocorrelation of what differs from one row to the other, and not of all inputs alike (Wiener-Khinchin
+    theorem): that of a picture is largest at its width.
     """
     count = inputs.shape[1]
     values = inputs[: _MOST // max(count, 1)].double()
     values = values - values.mean(0)
+    values = values - values.mean(1, keepdim=True)
     power = values.square().mean()
     if count < _FEWEST or (values[:, 1:] * values[:, :-1]).mean() < _ALIKE * power or not 0 < power < math.inf:
         return ()

@@ -26,15 +26,16 @@ def smooth(*shape: int) -> Tensor:
         (smooth(64, 1, 28, 28), (28, 28)),
         (smooth(64, 1, 9, 12), (9, 12)),
         (smooth(64, 3, 16, 16), (48, 16)),
-        (smooth(500, 1, 1, 30), (30,)),
+        (smooth(500, 1, 1, 40), (40,)),
         (smooth(64, 1, 28, 28)[..., torch.randperm(28), :][..., torch.randperm(28)], ()),
         (torch.randn(64, 100), ()),
         (torch.ones(64, 100), ()),
-        (torch.randn(64, 4).cumsum(1), ()),
+        (torch.randn(64, 16).cumsum(1), ()),
+        (torch.randn(64, 100) + 9 * torch.randn(64, 1), ()),
         (torch.full((4, 100), torch.inf), ()),
         (torch.randn(1, 100), ()),
     ],
-    ids=["square", "oblong", "colours", "signal", "shuffled", "noise", "constant", "few", "infinite", "one"],
+    ids=["square", "oblong", "colours", "signal", "shuffled", "noise", "constant", "few", "loud", "infinite", "one"],
 )
 def test_pictures_are_told_by_what_is_like_its_neighbours(inputs: Tensor, expected: tuple[int, ...]) -> None:
     assert picture_of(inputs.flatten(1)) == expected
