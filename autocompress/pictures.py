@@ -20,6 +20,8 @@ _FEWEST, _MOST, _SAMPLE = 32, 1 << 20, 4096
 """Inputs of a layer, at least; values of them, and weights, that are looked at."""
 _ALIKE, _ROWS_ALIKE = 0.6, 0.5
 """The least correlation of neighbours in a row, and of those in a column."""
+_AS_HIGH = 0.9
+"""Of the highest correlation: the first width of about as much is taken, not that of a whole colour."""
 _DENSE, _VARIED = 0.7, 0.25
 """Of weights that are not compressed yet, the least share that is not zero, and of different values."""
 
@@ -74,5 +76,8 @@ def picture_of(inputs: Tensor) -> tuple[int, ...]:
     alike = torch.fft.irfft(spectrum, 2 * count)[:count] / torch.arange(count, 0, -1, device=values.device) / power
     near: list[float] = alike.tolist()
     widths = [w for w in range(3, count // 2 + 1) if count % w == 0 and near[w] > max(near[w - 1], near[w + 1])]
-    width = max(widths, key=near.__getitem__, default=count)
-    return (count // width, width) if width < count and near[width] >= _ROWS_ALIKE else (count,)
+    highest = max((near[w] for w in widths), default=0.0)
+    if highest < _ROWS_ALIKE:
+        return (count,)
+    width = next(w for w in widths if near[w] > _AS_HIGH * highest)
+    return count // width, width

@@ -14,6 +14,11 @@ from autocompress.task import Task
 from autocompress.trial import Workshop
 
 
+def coloured() -> Tensor:
+    """Three channels that are much alike."""
+    return smooth(64, 1, 16, 16) + 0.2 * torch.randn(64, 3, 1, 1) + 0.02 * torch.randn(64, 3, 16, 16)
+
+
 def smooth(*shape: int) -> Tensor:
     """Noise, averaged over squares of five."""
     torch.manual_seed(0)
@@ -26,6 +31,7 @@ def smooth(*shape: int) -> Tensor:
         (smooth(64, 1, 28, 28), (28, 28)),
         (smooth(64, 1, 9, 12), (9, 12)),
         (smooth(64, 3, 16, 16), (48, 16)),
+        (coloured(), (48, 16)),
         (smooth(500, 1, 1, 40), (40,)),
         (smooth(64, 1, 28, 28)[..., torch.randperm(28), :][..., torch.randperm(28)], ()),
         (torch.randn(64, 100), ()),
@@ -35,7 +41,20 @@ def smooth(*shape: int) -> Tensor:
         (torch.full((4, 100), torch.inf), ()),
         (torch.randn(1, 100), ()),
     ],
-    ids=["square", "oblong", "colours", "signal", "shuffled", "noise", "constant", "few", "loud", "infinite", "one"],
+    ids=[
+        "square",
+        "oblong",
+        "channels",
+        "colours",
+        "signal",
+        "shuffled",
+        "noise",
+        "constant",
+        "few",
+        "loud",
+        "infinite",
+        "one",
+    ],
 )
 def test_pictures_are_told_by_what_is_like_its_neighbours(inputs: Tensor, expected: tuple[int, ...]) -> None:
     assert picture_of(inputs.flatten(1)) == expected
