@@ -20,7 +20,7 @@ _FEWEST, _MOST, _SAMPLE = 32, 1 << 20, 4096
 """Inputs of a layer, at least; values of them, and weights, that are looked at."""
 _ALIKE, _ROWS_ALIKE = 0.6, 0.5
 """The least correlation of neighbours in a row, and of those in a column."""
-_AS_HIGH = 0.9
+_AS_HIGH = 0.8
 """Of the highest correlation: the first width of about as much is taken, not that of a whole colour."""
 _DENSE, _VARIED = 0.7, 0.25
 """Of weights that are not compressed yet, the least share that is not zero, and of different values."""
