@@ -16,7 +16,7 @@ from autocompress.trial import Workshop
 
 def coloured() -> Tensor:
     """Three channels that are much alike."""
-    return smooth(64, 1, 16, 16) + 0.04 * torch.randn(64, 3, 16, 16)
+    return smooth(64, 1, 16, 16) + 0.4 * smooth(64, 3, 16, 16)
 
 
 def smooth(*shape: int) -> Tensor:
