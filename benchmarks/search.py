@@ -3,9 +3,10 @@
     python -m benchmarks.search [--data ../shared/data] [--task digits] [--only METHOD ...] [--seeds 5] [--trials N]
     python -m benchmarks.search --table | --markdown | --plot FILE
 
-Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number
-of epochs. Optuna's samplers start every trial from the original's weights, at the task's own learning rate, which
-`nsga2-learning-rate` may choose, too. Ours knows its budget: it has a run of 10, one of 25 and one of 50 trials.
+Every method proposes recipes of the same space; a trial is `Workshop.finish` for all of them, of the same number of
+epochs. Optuna's samplers start every trial from the original's weights, at the task's own learning rate, which
+`nsga2-learning-rate` may choose, too, and without transforms, which `nsga2-transform` has as well. Ours knows its
+budget: it has a run of 10, one of 25 and one of 50 trials.
 Ablations of ours: `no-lineage` (every trial starts from the original too), `no-rate` (no price of bits), `no-race` (the
 task's own learning rate), `no-profile` (every step of a dimension is thought to do the same harm), `no-forecast`
 (nothing is learned from parents and children), `no-transform` (weights are pruned and stored as they are). Ours with a
@@ -105,6 +106,7 @@ METHODS: dict[str, Method] = {
     "tpe": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True)),
     "nsga2": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
     "nsga2-learning-rate": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
+    "nsga2-transform": _optuna(lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20)),
     "gp": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
     "no-lineage": _frontier,
     "no-rate": _frontier,
@@ -122,8 +124,8 @@ METHODS: dict[str, Method] = {
         "frontier", profile, budget, base, seed, None, base.val_accuracy - LOST
     ),
 }
-OPTUNA = ("random", "tpe", "nsga2", "nsga2-learning-rate", "gp")
-DEFAULT = [m for m in METHODS if m not in ("nsga2", "no-race", "everything", "min-accuracy")]
+OPTUNA = ("random", "tpe", "nsga2", "nsga2-learning-rate", "nsga2-transform", "gp")
+DEFAULT = [m for m in METHODS if m not in ("nsga2", "nsga2-transform", "no-race", "everything", "min-accuracy")]
 """Without those that would make it more than four hours on two cores; `nsga2-learning-rate` differs from `nsga2` by the
 learning rate."""
 LONG_METHODS = {"digits": "tpe", "lenet_300_100": "nsga2-learning-rate", "digit_rows": "nsga2-learning-rate"}
@@ -138,11 +140,11 @@ Job = tuple[str, str, int, int]
 def space_for(method: str) -> ac.SearchSpace:
     space = ac.SearchSpace.named("everything" if method == "everything" else "default")
     without = {"no-rate": "rate_penalty"} | dict.fromkeys(
-        {"no-race", *OPTUNA} - {"nsga2-learning-rate"}, "learning_rate"
+        {"no-race", *OPTUNA} - {"nsga2-learning-rate", "nsga2-transform"}, "learning_rate"
     )
     left = {name: choices for name, choices in space.training.items() if name != without.get(method)}
     rules = space.rules
-    if method == "no-transform":
+    if method in {"no-transform", *OPTUNA} - {"nsga2-transform"}:
         rules = tuple((at, {name: c for name, c in rule.items() if name != "transform"}) for at, rule in rules)
     return replace(space, training=left, rules=rules)
 
