@@ -39,8 +39,13 @@ class Journal(JournalFileBackend):
         if self._held is None:
             try:
                 super().append_logs(logs)
-            except OSError as error:
-                raise RunError(f"cannot write {self._file_path!r}: {error.strerror or error}") from error
+            except (OSError, RuntimeError) as error:
+                interrupt = _interrupt_behind(error)
+                if interrupt is not None:
+                    raise interrupt from None
+                raise RunError(
+                    f"cannot write {self._file_path!r}: {getattr(error, 'strerror', None) or error}"
+                ) from error
             self._written += len(logs)
         else:
             self._held += json.loads(json.dumps(logs))  # as they will be read from the file
@@ -49,3 +54,10 @@ class Journal(JournalFileBackend):
         if log_number_from < self._written:
             yield from super().read_logs(log_number_from)
         yield from (self._held or [])[max(log_number_from - self._written, 0) :]
+
+
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Optuna's lock, interrupted while it is taken or given back, complains of that it is not there."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error

@@ -82,3 +82,29 @@ def test_what_a_crash_cut_short_is_dropped(profile: Profile, outcome: Outcome, t
     drive(study, outcome)
     study.close()
     assert len(study_of(tmp_path, profile).complete()) == 8
+
+
+@pytest.mark.parametrize("interrupted", ["symlink", "rename", "unlink"])
+def test_an_interrupt_is_one_wherever_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    """Optuna's lock is taken and given back by these; interrupted, it complains that it does not have it."""
+    path = tmp_path / "journal"
+    path.touch()
+    journal = Journal(path)
+    do = getattr(os, interrupted)
+    times = iter([True])
+
+    def done_and_interrupted(*args: str) -> None:
+        if next(times, False):
+            if interrupted != "symlink":
+                do(*args)
+            raise KeyboardInterrupt
+        do(*args)
+
+    monkeypatch.setattr(os, interrupted, done_and_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        journal.append_logs([{"a": 1}])
+    monkeypatch.undo()
+    Journal(path).append_logs([{"a": 2}])
+    assert path.read_text().endswith('{"a":2}\n')
