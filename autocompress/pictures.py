@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autocompress.anatomy import Anatomy, Layer
 from autocompress.hooks import Hook, forward_hooks
-from autocompress.surgery import as_real, owners
+from autocompress.surgery import owners
 from autocompress.task import Calibration
 
 _FEWEST, _MOST, _SAMPLE = 32, 1 << 20, 4096
@@ -33,8 +33,9 @@ def with_pictures(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anato
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].is_floating_point() and name not in read:
-                read[name] = picture_of(args[0].detach().flatten(0, -2))
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and x.layout == torch.strided and x.numel() and name not in read:
+                read[name] = picture_of(x.detach().reshape(-1, x.shape[-1]))
 
         return hook
 
@@ -43,10 +44,10 @@ def with_pictures(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anato
         run(model)
 
     def picture(layer: Layer) -> tuple[int, ...]:
-        module = modules[layer.name]
-        if not _is_free(as_real(model.get_parameter(layer.parameter))):
+        module, weight = modules[layer.name], getattr(*places[layer.parameter][0])
+        if weight.is_complex() or not _is_free(weight):
             return ()
-        if isinstance(module, nn.modules.conv._ConvNd) and not module.weight.is_complex():
+        if isinstance(module, nn.modules.conv._ConvNd):
             return tuple(module.kernel_size) if max(module.kernel_size) > 2 else ()
         return read.get(layer.name, ())
 

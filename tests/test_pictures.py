@@ -70,3 +70,15 @@ def test_a_perceptron_that_reads_pictures(tmp_path: Path, how: str) -> None:
     task = Task(model, [batch], [batch], [batch], epochs=1)
     anatomy = Workshop(task, model, BoundSpace(()), tmp_path, 0).anatomy
     assert [layer.picture for layer in anatomy.layers] == [(12, 12) if how == "as it is" else (), ()]
+
+
+@pytest.mark.parametrize("shape", [(144,), (1, 144), (2, 3, 144)])
+def test_inputs_of_any_shape_are_looked_at(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 3))
+    batch = torch.randn(shape), torch.zeros(shape[:-1], dtype=torch.long)
+    task = Task(model, [batch], [batch], [batch], epochs=1, loss=lambda out, _: out.square().mean(), metric=closeness)
+    assert [layer.picture for layer in Workshop(task, model, BoundSpace(()), tmp_path, 0).anatomy.layers] == [(), ()]
+
+
+def closeness(output: Tensor, target: Tensor) -> float:
+    return -float(output.square().mean())
