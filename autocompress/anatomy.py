@@ -34,8 +34,8 @@ class Layer:
     name: `conv1` for `conv1.weight`, the whole parameter name for others (`lstm.weight_ih_l0`).
     parameter: its first name in the model. shape: as stored, complex weights as pairs. kind: class of the
     layer that holds it. groups: channel groups that change its shape (one may be named twice), each with its
-    part of the dimension that it changes: 1 but for concatenated channels. picture: sizes of what a row of weights
-    lies on: the kernel of a convolution, the picture or the signal that a linear layer reads; () if it is in no order.
+    part of the dimension that it changes: 1 but for concatenated channels. grid: sizes of what a row of weights
+    lies on: the kernel of a convolution, the image or the signal that a linear layer reads; () if it is in no order.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Layer:
     shape: tuple[int, ...]
     kind: str
     groups: Memberships = ()
-    picture: tuple[int, ...] = ()
+    grid: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:

@@ -1,4 +1,4 @@
-"""The weights of a layer in another basis, for what each row of them lies on: one picture or more, or kernels."""
+"""The weights of a layer in another basis, for the grids that each row of them lies on: images, signals or kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINE = 64
 
 @dataclass(frozen=True)
 class Basis:
-    """A transform of one tensor. width: columns of the picture that each row of a matrix lies on; 0 for kernels, which
+    """A transform of one tensor. width: columns of the image that each row of a matrix lies on; 0 for kernels, which
     are the dimensions of a tensor after the second."""
 
     transform: Transform
@@ -40,21 +40,21 @@ class Basis:
 
     def _turned(self, values: Tensor, forward: bool, whole: bool = False) -> Tensor:
         sides = (values.shape[1] // self.width, self.width) if values.ndim == 2 else tuple(values.shape[2:])
-        pictures = values.reshape(-1, *sides)
+        grids = values.reshape(-1, *sides)
         if math.prod(sides) <= _LINE and not whole:  # one product takes a fifth of the time
             matrix = _matrix(self.transform, sides, values.dtype, values.device)
-            return (pictures.flatten(1) @ (matrix.T if forward else matrix)).reshape(values.shape)
+            return (grids.flatten(1) @ (matrix.T if forward else matrix)).reshape(values.shape)
         for side in [side for side, places in enumerate(sides, 1) if places > 1]:
             turned = []
-            for line in torch.split(pictures.transpose(side, -1), _LINE, -1):
+            for line in torch.split(grids.transpose(side, -1), _LINE, -1):
                 matrix = _matrix(self.transform, line.shape[-1:], values.dtype, values.device)
                 turned.append(line @ (matrix.T if forward else matrix))
-            pictures = torch.cat(turned, -1).transpose(side, -1)
-            pictures = pictures.round() if whole else pictures
-        return pictures.reshape(values.shape)
+            grids = torch.cat(turned, -1).transpose(side, -1)
+            grids = grids.round() if whole else grids
+        return grids.reshape(values.shape)
 
 
 @functools.cache
 def _matrix(transform: Transform, sides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[places, places]: a row for each coefficient of a whole picture of these sides."""
+    """[places, places]: a row for each coefficient of a whole grid of these sides."""
     return functools.reduce(torch.kron, map(transform.matrix, sides)).to(device, dtype)

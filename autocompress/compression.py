@@ -134,7 +134,7 @@ class Candidate:
             assert choice is not None
             coding = coding_of(choice)
             weight = as_real(parameter.detach()).float().clone()
-            basis = self.basis(site, tuple(weight.shape), recipe.get(site, Transform.name))
+            basis = self.basis(site, tuple(weight.shape), recipe.get(site, Transform.name) or Transform.default)
             shadow = ShadowedLayer(site, key, parameter, weight, choice, coding, torch.empty(0), basis)
             shadow.dense = shadow.in_basis(weight)
             self.layers[layer_name(key)] = shadow
@@ -185,12 +185,12 @@ class Candidate:
             if name in sites and self.model.get_parameter(key).ndim > 1
         ]
 
-    def basis(self, site: str, shape: tuple[int, ...], choice: Choice | None) -> Basis | None:
-        """Of a tensor of this shape that is a layer, or a part of one; None where it does not lie on a picture."""
-        transform, picture = transforms().get(choice or Transform.default), self.anatomy.layer(site).picture
-        if transform is None or not picture or (len(shape) == 2 and shape[1] % math.prod(picture)):
+    def basis(self, site: str, shape: tuple[int, ...], choice: Choice) -> Basis | None:
+        """Of a tensor of this shape that is a layer, or a part of one; None where it does not lie on a grid."""
+        transform, grid = transforms().get(choice), self.anatomy.layer(site).grid
+        if transform is None or not grid or (len(shape) == 2 and shape[1] % math.prod(grid)):
             return None
-        return Basis(transform, picture[-1] if len(shape) == 2 else 0)
+        return Basis(transform, grid[-1] if len(shape) == 2 else 0)
 
     def set_masks(self, share: float = 1.0, start: Mapping[str, float] | None = None, regrown: float = 0.0) -> None:
         """Draw the masks from the weights as they are, at `share` of the way from `start` (site -> share of

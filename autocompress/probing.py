@@ -122,6 +122,7 @@ class Prober:
     def _distance_with(self, candidate: Candidate, replay: Replay, site: str, dimension: str, choice: Choice) -> float:
         if dimension == "weights" or dimension in maskings():
             shadows = [shadow for shadow in candidate.layers.values() if shadow.site == site]
+            before = [as_real(shadow.parameter.detach()).clone() for shadow in shadows]
             for shadow in shadows:
                 shadow.write(_stored(shadow, dimension, choice))
             places = owners(candidate.model)
@@ -129,9 +130,8 @@ class Prober:
             try:
                 return self.distance(candidate.model, partial(replay.since, changed))
             finally:
-                with torch.no_grad():
-                    for shadow in shadows:
-                        shadow.write(shadow.effective())
+                for shadow, weight in zip(shadows, before, strict=True):
+                    shadow.write(weight)
         if dimension == "vectors":
             model = copied(candidate.model)
             stored = _vector_plans(candidate, choice)
@@ -278,10 +278,12 @@ def layer_bytes(candidate: Candidate, space: BoundSpace, names: Sequence[str]) -
         sample = weight[:: -(-weight.shape[0] // rows)] if weight.numel() > SAMPLE else weight
         scale = weight.numel() / sample.numel()
         row = table.setdefault(name, {})
+        offered = next((d.choices for d in dims if d.name == Transform.name), (Transform.default,))
+        bases = {choice: candidate.basis(name, tuple(sample.shape), choice) for choice in offered}
+        in_each = {choice: basis.analysed(sample) if basis else sample for choice, basis in bases.items()}
         for combination in itertools.product(*(d.choices for d in dims)):
             chosen = dict(zip((d.name for d in dims), combination, strict=True))
-            basis = candidate.basis(name, tuple(sample.shape), chosen.get(Transform.name))
-            masked = basis.analysed(sample) if basis else sample
+            masked = in_each[chosen.get(Transform.name, Transform.default)]
             for dimension, masking in maskings().items():
                 if dimension in chosen:
                     masked = masked * masking.mask(masked, chosen[dimension])

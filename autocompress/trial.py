@@ -24,8 +24,8 @@ from autocompress.chance import loss_unit
 from autocompress.compression import Candidate, activation_modules
 from autocompress.errors import in_words
 from autocompress.files import ARTIFACT, CHECKPOINT, METRICS, RECIPE, write_file
+from autocompress.grids import with_grids
 from autocompress.memory_format import put_channels_last
-from autocompress.pictures import with_pictures
 from autocompress.probing import (
     MANY_PROBES,
     Prober,
@@ -142,7 +142,7 @@ class Workshop:
         self.calibration = replace(calibration, task=self.task)
         put_channels_last(self.original, self.calibration)  # so of every candidate, which are copies of it
         anatomy = read_anatomy(self.original, self.calibration.shortened(self.original))
-        self.anatomy: Anatomy = with_pictures(anatomy, self.original, self.calibration)
+        self.anatomy: Anatomy = with_grids(anatomy, self.original, self.calibration)
         if isinstance(space, SearchSpace):
             offered = [d for d in space.bind(self.anatomy) if task.epochs or not only_trains(d.name)]
             space = BoundSpace(tuple(d for d in map(self._as_far_as_it_runs, offered) if d))

@@ -124,8 +124,8 @@ class StructureTechnique(Technique):
 
 
 class Transform(Technique):
-    """Another basis, orthonormal, for what a row of weights lies on: a kernel, or the picture that a layer reads. What
-    is pruned, quantised and stored of such a layer are the coefficients of its weights (see `basis.py`).
+    """Another basis, orthonormal, for the grid that a row of weights lies on: a kernel, or the image that a layer
+    reads. What is pruned, quantised and stored of such a layer are the coefficients of its weights (see `basis.py`).
 
     choice: its name in the dimension, which all transforms share. tag: the number that names it in a file; fixed for
     ever once released.
@@ -133,7 +133,7 @@ class Transform(Technique):
 
     name: ClassVar[str] = "transform"
     default: ClassVar[Choice] = "none"
-    about = "basis in which the weights of a layer that lie on a picture, a signal or a kernel are pruned and stored"
+    about = "basis in which the weights of a layer that lie on an image, a signal or a kernel are pruned and stored"
     choice: ClassVar[str]
     tag: ClassVar[int]
 
@@ -152,7 +152,7 @@ class Transform(Technique):
         return str(raw)
 
     def sites(self, anatomy: Anatomy) -> Sequence[str]:
-        return [layer.name for layer in anatomy.layers if layer.picture]
+        return [layer.name for layer in anatomy.layers if layer.grid]
 
 
 class Masking(Technique):

@@ -1,6 +1,6 @@
 """Transform coding: a layer's weights are pruned, quantised and stored as coefficients of a cosine transform.
 
-What reads a picture or a signal, and the kernel of a convolution, resembles itself from one place to the next, so few
+What reads an image or a signal, and the kernel of a convolution, resembles itself from one place to the next, so few
 of its coefficients matter (Ahmed et al., Discrete Cosine Transform, 1974; Wang et al., CNNpack, NeurIPS 2016; Chen et
 al., Compressing Convolutional Neural Networks in the Frequency Domain, KDD 2016). Sides of up to 7 places are
 transformed whole, longer ones in blocks of 4, and of each 64 places the lowest frequencies of all blocks come first.

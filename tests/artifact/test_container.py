@@ -43,7 +43,7 @@ def plan(value: torch.Tensor, choice: str) -> Plan:
 
 
 def basis_for(value: torch.Tensor) -> Basis | None:
-    """Each row of a matrix is one picture of one row."""
+    """Each row of a matrix is one image of one row."""
     if value.ndim < 2 or not value.numel():
         return None
     return Basis(transforms()["dct"], value.shape[1] if value.ndim == 2 else 0)

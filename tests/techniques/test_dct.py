@@ -38,7 +38,7 @@ def test_kernels_are_transformed_whole(kernel: tuple[int, ...]) -> None:
     assert torch.allclose(Basis(DCT).analysed(weight), torch.from_numpy(expected).float(), atol=1e-6)
 
 
-def test_pictures_are_transformed_in_blocks_and_low_frequencies_come_first() -> None:
+def test_images_are_transformed_in_blocks_and_low_frequencies_come_first() -> None:
     torch.manual_seed(0)
     weight = torch.randn(5, 8 * 12)
     blocks = weight.double().view(5, 2, 4, 3, 4).numpy()
@@ -124,7 +124,7 @@ def test_a_child_goes_on_from_the_weights_of_its_parent(before: str) -> None:
 
 
 def smooth_perceptron() -> Task:
-    """Reads pictures whose labels are in their coarse structure."""
+    """Reads images whose labels are in their coarse structure."""
     torch.manual_seed(0)
     images = nn.functional.avg_pool2d(torch.randn(512, 1, 12, 12), 5, 1, 2)
     labels = (images[:, 0, :6].mean((1, 2)) > images[:, 0, 6:].mean((1, 2))).long()

@@ -1,4 +1,4 @@
-"""Which weights lie on a picture or a signal."""
+"""Which weights lie on a grid."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress.pictures import picture_of
+from autocompress.grids import grid_of
 from autocompress.space import BoundSpace, SearchSpace
 from autocompress.task import Task
 from autocompress.trial import Workshop
@@ -42,9 +42,9 @@ SIGHTS: dict[str, tuple[Tensor, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("sight", SIGHTS)
-def test_pictures_are_told_by_what_is_like_its_neighbours(sight: str) -> None:
+def test_images_are_told_by_what_is_like_its_neighbours(sight: str) -> None:
     inputs, expected = SIGHTS[sight]
-    assert picture_of(inputs.flatten(1)) == expected
+    assert grid_of(inputs.flatten(1)) == expected
 
 
 def test_kernels_and_first_layers_have_one_and_spaces_name_them(tmp_path: Path) -> None:
@@ -52,14 +52,14 @@ def test_kernels_and_first_layers_have_one_and_spaces_name_them(tmp_path: Path) 
     batch = smooth(64, 1, 12, 12), torch.zeros(64, dtype=torch.long)
     task = Task(model, [batch], [batch], [batch], epochs=1)
     workshop = Workshop(task, model, SearchSpace.named("default"), tmp_path, 0)
-    assert {layer.name: layer.picture for layer in workshop.anatomy.layers}["0"] == (3, 3)
-    assert {layer.name: layer.picture for layer in workshop.anatomy.layers}["2"] == ()
+    assert {layer.name: layer.grid for layer in workshop.anatomy.layers}["0"] == (3, 3)
+    assert {layer.name: layer.grid for layer in workshop.anatomy.layers}["2"] == ()
     assert [d.choices for d in workshop.space if d.key == "0:transform"] == [("dct",)]
     assert not [d for d in workshop.space if d.key == "2:transform"]
 
 
 @pytest.mark.parametrize("how", ["as it is", "pruned", "quantised"])
-def test_a_perceptron_that_reads_pictures(tmp_path: Path, how: str) -> None:
+def test_a_perceptron_that_reads_images(tmp_path: Path, how: str) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 3))
     weight = model.get_parameter("1.weight").data
     if how == "pruned":
@@ -69,7 +69,7 @@ def test_a_perceptron_that_reads_pictures(tmp_path: Path, how: str) -> None:
     batch = smooth(64, 1, 12, 12), torch.zeros(64, dtype=torch.long)
     task = Task(model, [batch], [batch], [batch], epochs=1)
     anatomy = Workshop(task, model, BoundSpace(()), tmp_path, 0).anatomy
-    assert [layer.picture for layer in anatomy.layers] == [(12, 12) if how == "as it is" else (), ()]
+    assert [layer.grid for layer in anatomy.layers] == [(12, 12) if how == "as it is" else (), ()]
 
 
 @pytest.mark.parametrize("shape", [(144,), (1, 144), (2, 3, 144)])
@@ -77,7 +77,7 @@ def test_inputs_of_any_shape_are_looked_at(tmp_path: Path, shape: tuple[int, ...
     model = nn.Sequential(nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 3))
     batch = torch.randn(shape), torch.zeros(shape[:-1], dtype=torch.long)
     task = Task(model, [batch], [batch], [batch], epochs=1, loss=lambda out, _: out.square().mean(), metric=closeness)
-    assert [layer.picture for layer in Workshop(task, model, BoundSpace(()), tmp_path, 0).anatomy.layers] == [(), ()]
+    assert [layer.grid for layer in Workshop(task, model, BoundSpace(()), tmp_path, 0).anatomy.layers] == [(), ()]
 
 
 def closeness(output: Tensor, target: Tensor) -> float:

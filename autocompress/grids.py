@@ -1,6 +1,6 @@
-"""Which weights lie on a picture or a signal: kernels do by their shape, linear layers if their inputs resemble their
-neighbours, side by side and, where they are a picture, from one row to the next. None that is pruned or quantised
-already counts."""
+"""Which weights lie on a grid: those of kernels do by their shape, those of a linear layer if it reads an image or a
+signal, whose inputs resemble their neighbours, side by side and, in an image, from one row to the next. None that is
+pruned or quantised already counts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _DENSE, _VARIED = 0.7, 0.25
 """Of weights that are not compressed yet, the least share that is not zero, and of different values."""
 
 
-def with_pictures(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anatomy:
-    """The same with the `picture` of each layer. run: runs the model on a batch."""
+def with_grids(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anatomy:
+    """The same with the `grid` of each layer. run: runs the model on a batch."""
     places, read = owners(model), dict[str, tuple[int, ...]]()
     modules = {layer.name: places[layer.parameter][0][0] for layer in anatomy.layers}
 
@@ -35,7 +35,7 @@ def with_pictures(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anato
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             x = args[0] if args else None
             if isinstance(x, Tensor) and x.layout == torch.strided and x.numel() and name not in read:
-                read[name] = picture_of(x.detach().reshape(-1, x.shape[-1]))
+                read[name] = grid_of(x.detach().reshape(-1, x.shape[-1]))
 
         return hook
 
@@ -43,7 +43,7 @@ def with_pictures(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anato
     with forward_hooks((module, watch(name)) for name, module in linear.items()), torch.no_grad():
         run(model)
 
-    def picture(layer: Layer) -> tuple[int, ...]:
+    def grid(layer: Layer) -> tuple[int, ...]:
         module, weight = modules[layer.name], getattr(*places[layer.parameter][0])
         if weight.is_complex() or not _is_free(weight):
             return ()
@@ -51,7 +51,7 @@ def with_pictures(anatomy: Anatomy, model: nn.Module, run: Calibration) -> Anato
             return tuple(module.kernel_size) if max(module.kernel_size) > 2 else ()
         return read.get(layer.name, ())
 
-    return replace(anatomy, layers=tuple(replace(layer, picture=picture(layer)) for layer in anatomy.layers))
+    return replace(anatomy, layers=tuple(replace(layer, grid=grid(layer)) for layer in anatomy.layers))
 
 
 def _is_free(weight: Tensor) -> bool:
@@ -60,11 +60,11 @@ def _is_free(weight: Tensor) -> bool:
     return int(some.count_nonzero()) > _DENSE * len(some) and len(torch.unique(some)) > _VARIED * len(some)
 
 
-def picture_of(inputs: Tensor) -> tuple[int, ...]:
-    """(rows, columns) of the picture that each row of float [n, inputs] is, (inputs,) if it is a signal, () if neither.
+def grid_of(inputs: Tensor) -> tuple[int, ...]:
+    """(rows, columns) of the image that each row of float [n, inputs] is, (inputs,) if it is a signal, () if neither.
 
     By the autocorrelation of what differs from one row to the other, and not of all inputs alike (Wiener-Khinchin
-    theorem): that of a picture is largest at its width.
+    theorem): that of an image is largest at its width.
     """
     count = inputs.shape[1]
     values = inputs[: _MOST // max(count, 1)].double()
