@@ -122,6 +122,8 @@ class Candidate:
             choice != technique.default and type(technique).regrown is not TrainingTechnique.regrown
             for technique, choice in self.training
         )
+        self.penalty = math.fsum(technique.penalty(choice) for technique, choice in self.training)
+        """Price of the estimated rate: nats of loss that half the bits of all layers are worth."""
         self._clipping = str(options.get(WeightClipping.name, WeightClipping.default))
         parent = dict(state or {})
         learned = {k.removeprefix(_STEP): parent.pop(k) for k in list(parent) if k.startswith(_STEP)}

@@ -44,12 +44,9 @@ class RateModel:
                 largest = 1 << shadow.coding.layout(shadow.choice)[1]
                 codes = _in_steps(shadow).abs().clamp_max_(largest).round_().long().flatten()
                 found = torch.bincount(codes, minlength=largest + 1).float()
-                counts = found + 0.1
-                counts[1:] /= 2  # of each sign
-                self.tables[name] = _bits(counts)
+                self.tables[name] = _bits(found)
                 self.bits[name] = (found * self.tables[name]).sum()
-                falling = isotonic_regression(counts.cpu().numpy(), increasing=False).x
-                table = _bits(torch.from_numpy(falling.copy()).to(counts))
+                table = _falling_bits(found)
                 rises = torch.cat([table.diff(), table.new_zeros(1)])
                 self._slopes[name] = torch.cat([-rises.flip(0), rises])
             else:
@@ -69,9 +66,13 @@ class RateModel:
             self.factors[name] = 8 * spent / max(float(self.bits[name]), 1.0)
         return artifact
 
+    def of_bit(self, price: Tensor) -> Tensor:
+        """What one bit is worth where half of all bits are worth `price`; float32 scalar, as `price`."""
+        return price / (math.log(2) * torch.stack([*self.bits.values()]).sum().clamp_min(1.0))
+
     def backpropagate(self, price: Tensor) -> None:
         """Add the gradient of price x log2 of all bits to those of the dense weights. price: float32 scalar."""
-        of_bit = price / (math.log(2) * torch.stack([*self.bits.values()]).sum().clamp_min(1.0))
+        of_bit = self.of_bit(price)
         roots, gradients = [], []
         for name, slopes in self._slopes.items():
             scaled = _in_steps(self.candidate.layers[name])
@@ -86,8 +87,29 @@ class RateModel:
         return self.fixed_bytes + sum(float(b) * self.factors.get(name, 1.0) for name, b in self.bits.items()) / 8
 
 
-def _bits(counts: Tensor) -> Tensor:
-    """Bits of each magnitude, float32 [n], from the counts of its codes of either sign."""
+def bits_of_magnitudes(codes: Tensor, largest: int) -> Tensor:
+    """Bits of each magnitude up to `largest`, sign included, that never fall as it grows: float64 [largest + 1]."""
+    return _falling_bits(torch.bincount(codes.abs().long().flatten(), minlength=largest + 1).double())
+
+
+def _falling_bits(found: Tensor) -> Tensor:
+    """By the counts that are nearest and fall with magnitude; as `found`."""
+    falling = isotonic_regression(_of_either_sign(found).cpu().numpy(), increasing=False).x
+    return _in_bits(torch.from_numpy(falling.copy()).to(found))
+
+
+def _bits(found: Tensor) -> Tensor:
+    """Bits of each magnitude, [n], from how often it was found."""
+    return _in_bits(_of_either_sign(found))
+
+
+def _of_either_sign(found: Tensor) -> Tensor:
+    counts = found + 0.1
+    counts[1:] /= 2
+    return counts
+
+
+def _in_bits(counts: Tensor) -> Tensor:
     return -(counts / (2 * counts.sum() - counts[0])).log2()
 
 

@@ -4,7 +4,8 @@ Layers are taken in the order in which they run, each with the inputs that the l
 weights are moved to where its outputs are the original's (least squares, He et al., ICCV 2017), so each layer makes up
 for the errors of those before. Those go that are smallest times the norm of their input (Wanda, Sun et al., ICLR 2024)
 and times what their output is worth (its curvature, as in Martens and Grosse, ICML 2015, but tempered), and what stays
-of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded. Biases make up for
+of each output is fitted once more (conjugate gradients, Hestenes and Stiefel, 1952) and rounded: to the nearest or,
+where bits have a price, to what costs little and moves the outputs little (`priced_rounding.py`). Biases make up for
 what is left of the mean (Nagel et al., ICCV 2019), and batch norms see to it that each channel has the mean and the
 variance that it had (EagleEye, Li et al., ECCV 2020, takes new statistics).
 
@@ -28,8 +29,11 @@ from autocompress.curvature import squared_gradients
 from autocompress.handed import Handed
 from autocompress.matrices import matrices, runs_as
 from autocompress.matrix import Call, Matrix, Weight, by_place, input_of
+from autocompress.priced_rounding import Grid, rounded
+from autocompress.rate import RateModel
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
+from autocompress.techniques.base import IntegerCoding
 from autocompress.views import Samples, Views
 
 _DAMPING, _LOOKED_UP = 0.01, 0.3
@@ -85,7 +89,8 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
     known = _parts(candidate, order)
     parts = [(name, part) for place in order for name, part in known.items() if part.place is place]
     fitted = {name: candidate.layers[name] for name, part in parts if part.matrix is not None}
-    weights = {name: shadow.parameter for name, shadow in fitted.items() if asked(targets[name])}
+    price = float(RateModel(candidate).of_bit(torch.tensor(candidate.penalty))) if candidate.penalty else 0.0
+    weights = {name: shadow.parameter for name, shadow in fitted.items() if price or asked(targets[name])}
     squares = squared_gradients(samples.task, candidate.model, weights, samples.small_batches(_BATCHES, _BATCH))
     candidate.materialise()
     for shadow in fitted.values():
@@ -101,7 +106,7 @@ def reconstruct(candidate: Candidate, samples: Samples) -> None:
                 found = _fit(weight, views.of(module, alone=first), lacks=not first)
                 if found is not None:
                     damping = _LOOKED_UP if first else _DAMPING
-                    _compress(candidate, fitted[name], *found, squares.get(name), targets[name], damping)
+                    _compress(candidate, fitted[name], *found, squares.get(name), targets[name], damping, price)
                 fitted[name].write(fitted[name].effective())
 
 
@@ -198,24 +203,46 @@ def _compress(
     squares: Tensor | None,
     targets: Mapping[str, Choice],
     damping: float,
+    price: float,
 ) -> None:
     """The weights, the mask and the steps that make what the file will hold, and the bias that goes with them.
-    squares: of the gradients of the weights, where some are to go. damping: at least."""
+    squares: of the gradients of the weights, where they are known. damping: at least. price: of a bit, in nats."""
     groups, shape, fit = len(fit.rows), shadow.dense.shape, _in_basis(fit, shadow)
     before = matrix.grouped(shadow.dense, groups).double()
     diagonal = _diagonal(fit.hessian) + _damping(fit, damping)[:, None]
     hessian = fit.hessian.diagonal_scatter(diagonal, dim1=1, dim2=2)
-    weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
-    if squares is not None:
-        saliency = weight * (diagonal[:, None] * _worth(matrix.grouped(squares, groups).double())).sqrt()
-        mask = drawn_mask(matrix.restored(saliency, shape).float(), targets)
-        assert mask is not None
+    best = weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
+    squares = None if squares is None else matrix.grouped(squares, groups).double()
+    worth = torch.ones_like(weight[:, :, :1]) if squares is None else _worth(squares)
+    mask = drawn_mask(matrix.restored(weight * (diagonal[:, None] * worth).sqrt(), shape).float(), targets)
+    if mask is not None:
         shadow.mask, weight = mask.float(), _refitted(weight, hessian, matrix.grouped(mask, groups))
     shadow.dense = matrix.restored(weight, shape).float()
     candidate.fit_steps(shadow)
+    nats = 0.0 if squares is None else float(squares.mean() / diagonal.mean()) / 2
+    if price and 0 < nats < math.inf:
+        _round(shadow, matrix, best, hessian, price / nats / worth)
     if bias is not None:
         moved = matrix.grouped(shadow.coefficients(), groups).double() - before
         bias += (fit.lack - (moved @ fit.input[:, :, None])[:, :, 0]).flatten().to(bias.dtype)
+
+
+def _round(shadow: ShadowedLayer, matrix: Matrix, best: Tensor, hessian: Tensor, price: Tensor) -> None:
+    """By the price of a bit of each output, if the weights have steps."""
+    coding, shape, groups = shadow.coding, shadow.dense.shape, len(hessian)
+    if not isinstance(coding, IntegerCoding):
+        return
+    steps = coding.steps(shadow.choice, shadow.learned, len(shape))
+    if steps is None:
+        return
+
+    def grouped(weight: Tensor) -> Tensor:
+        return matrix.grouped(weight.double().expand(shape), groups)
+
+    step, start = grouped(steps[0]), grouped(coding.scaled(shadow.masked(), shadow.choice, shadow.learned).round())
+    free = torch.ones_like(start, dtype=torch.bool) if shadow.mask is None else grouped(shadow.mask).bool()
+    codes = rounded(start, free, best, hessian, price, Grid(step, *steps[1:]))
+    shadow.dense = matrix.restored(codes * step, shape).float()
 
 
 def _in_basis(fit: _Fit, shadow: ShadowedLayer) -> _Fit:

@@ -88,7 +88,7 @@ class _FineTuning:
         chosen = [(technique, self.choices[name]) for name, technique in trainings().items()]
         peak = task.learning_rate if learning_rate is None else learning_rate
         self.peak = peak * math.prod(technique.learning_rate_factor(choice) for technique, choice in chosen)
-        self.penalty = math.fsum(technique.penalty(choice) for technique, choice in chosen)
+        self.penalty = candidate.penalty
         self.price = torch.tensor(self.penalty, device=self.device)
         weights, others = candidate.trainable()
         groups = [{"params": weights, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]

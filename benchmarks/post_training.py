@@ -30,6 +30,7 @@ from autocompress.artifact import load
 from autocompress.chance import chance_accuracy
 from autocompress.files import ARTIFACT
 from autocompress.front import Base, non_dominated
+from autocompress.space import BoundSpace
 from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
 
@@ -54,6 +55,8 @@ def searched(name: str, fitted: bool) -> dict[str, Any]:
         nullcontext() if fitted else mock.patch("autocompress.trial.reconstruct"),
     ):
         workshop = ac.Workshop.on(given, ac.SearchSpace.named("default"), Path(folder))
+        if not fitted:  # the nearest has no price
+            workshop.space = BoundSpace(tuple(d for d in workshop.space if d.name != "rate_penalty"))
         profile = ac.Profile(workshop.space, workshop.anatomy, workshop.base_profile())
         base = Base(
             sum(t.numel() * t.element_size() for t in tensors(workshop.original).values()),

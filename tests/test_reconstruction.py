@@ -554,7 +554,7 @@ def test_a_search_without_training_has_nothing_to_choose_of_training(tmp_path: P
     front = ac.search("tests.mini:task", 8, epochs=0, run=tmp_path / "run", workers=1, quiet=True)
     assert (tmp_path / "run" / "config.yaml").read_text().count("epochs: 0") == 1
     chosen = {name for point in front.points for _, name, _ in Recipe.from_json(point.recipe)}
-    assert not chosen & {"learning_rate", "rate_penalty", "precision"}
+    assert not chosen & {"learning_rate", "precision"}
     again = ac.resume(tmp_path / "run", budget=10, workers=1, quiet=True)
     assert len(list((tmp_path / "run" / "trials").iterdir())) == 10
     assert len(again.points) >= len(front.points) - 1

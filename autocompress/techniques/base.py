@@ -243,6 +243,11 @@ class IntegerCoding(Coding):
     def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         """The weight in units of its integer code, before rounding; differentiable."""
 
+    def steps(self, choice: Choice, parameters: Tensor, dimensions: int) -> tuple[Tensor, int, int] | None:
+        """(what codes are multiplied by, float32, as it broadcasts to a tensor of so many dimensions; least code;
+        largest). None where the values of codes are no multiples."""
+        return None
+
 
 @dataclass(frozen=True)
 class IntegerWeights:
@@ -291,7 +296,8 @@ class TrainingTechnique(Technique):
         return nullcontext()
 
     def penalty(self, choice: Choice) -> float:
-        """Price of the estimated rate in the loss: nats that half the bits of all layers are worth."""
+        """Price of the estimated rate in the loss, or when weights are rounded without training: nats that half the
+        bits of all layers are worth."""
         return 0.0
 
     def learning_rate_factor(self, choice: Choice) -> float:
@@ -396,7 +402,7 @@ def trainings() -> Mapping[str, TrainingTechnique]:
     return _TRAININGS
 
 
-_TRAINS = ("autocast", "penalty", "learning_rate_factor", "term", "regrown", "settle")
+_TRAINS = ("autocast", "learning_rate_factor", "term", "regrown", "settle")
 
 
 def only_trains(dimension: str) -> bool:

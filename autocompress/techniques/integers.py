@@ -122,6 +122,9 @@ class Integers(IntegerCoding):
         # hardtanh and its gradient are several times as fast as clamp and its own
         return nn.functional.hardtanh(weight / step_of(parameters, weight.ndim), *_range(choice))
 
+    def steps(self, choice: Choice, parameters: Tensor, dimensions: int) -> tuple[Tensor, int, int]:
+        return step_of(parameters, dimensions), *_limits(choice)
+
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         codes = self.scaled(weight.detach(), choice, parameters.detach()).round_()
         return Coded(codes.to(torch.int32).cpu().numpy(), tuple(on_grid(parameters.detach()).tolist()))

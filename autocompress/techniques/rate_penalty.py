@@ -1,12 +1,13 @@
-"""Price of bits while fine-tuning: the logarithm of the estimated rate is part of the loss.
+"""Price of bits: while fine-tuning, the logarithm of the estimated rate is part of the loss.
 
 So half the bits are worth the same at any size: a price that suits a first step suits the last one too.
 Losses without classes are not in nats: theirs counts in shares of what the mean output loses.
 Rate-aware training makes files 2 to 3 times smaller with the same coder (Wiedemann et al., DeepCABAC,
 2019; Oktay et al., Scalable Model Compression, ICLR 2020). Biases that are not
-worth their bits become zero (`autocompress/biases.py`).
+worth their bits become zero (`autocompress/biases.py`). Without training weights are rounded by it
+(`autocompress/priced_rounding.py`; Behdin et al., QuantEase, 2023; Conzelmann and Bamler, CERWU, 2025).
 
-Not for float formats, whose rate the estimate takes as constant.
+Not for float formats, whose rate the estimate takes as constant; without training only for integers of equal steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from autocompress.techniques.base import TrainingTechnique, number_in, register
 class RatePenalty(TrainingTechnique):
     name = "rate_penalty"
     default = 0.0
-    about = "price of bits while fine-tuning: nats of loss that half the bits are worth; more makes smaller files"
+    about = "price of bits: nats of loss that half the bits are worth; more makes smaller files"
 
     def examples(self) -> Sequence[Choice]:
         return (0.0, 0.25, 1.0)
