@@ -214,7 +214,8 @@ def _compress(
     best = weight = before + torch.cholesky_solve(fit.pull, torch.linalg.cholesky(hessian)).mT
     squares = None if squares is None else matrix.grouped(squares, groups).double()
     worth = torch.ones_like(weight[:, :, :1]) if squares is None else _worth(squares)
-    mask = drawn_mask(matrix.restored(weight * (diagonal[:, None] * worth).sqrt(), shape).float(), targets)
+    saliency = weight * (diagonal[:, None] * worth.sqrt()).sqrt()
+    mask = drawn_mask(matrix.restored(saliency, shape).float(), targets)
     if mask is not None:
         shadow.mask, weight = mask.float(), _refitted(weight, hessian, matrix.grouped(mask, groups))
     shadow.dense = matrix.restored(weight, shape).float()
@@ -260,11 +261,11 @@ def _in_basis(fit: _Fit, shadow: ShadowedLayer) -> _Fit:
 
 
 def _worth(squares: Tensor) -> Tensor:
-    """Of each output, float64 [groups, outputs, 1]: the root of its curvature. squares: of the gradients of its
-    weights, float64 [groups, outputs, inputs]."""
+    """Of each output, float64 [groups, outputs, 1]: its curvature, about 1 in the mean. squares: of the gradients of
+    its weights, float64 [groups, outputs, inputs]."""
     curvature = squares.mean(2, keepdim=True)
     mean = curvature.mean()
-    return (curvature / mean + _FLOOR).sqrt() if 0 < mean < math.inf else torch.ones_like(curvature)
+    return (curvature / mean + _FLOOR) / (1 + _FLOOR) if 0 < mean < math.inf else torch.ones_like(curvature)
 
 
 def _thin_out(
