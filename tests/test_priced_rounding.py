@@ -112,6 +112,14 @@ def test_parts_of_a_layer_come_to_what_all_of_it_does(monkeypatch: pytest.Monkey
     assert torch.equal(solved(weight, hessian, 0.02), whole)
 
 
+def test_numbers_that_are_not_finite_change_nothing() -> None:
+    weight, hessian = problem(1, 3, 5, 4)
+    start = (weight / STEP).round().clamp(LOW, HIGH)
+    grid = Grid(torch.tensor(STEP, dtype=torch.float64), LOW, HIGH)
+    free, price = torch.ones_like(start, dtype=torch.bool), torch.ones_like(start[:, :, :1])
+    assert torch.equal(rounded(start, free, weight * torch.nan, hessian, price, grid), start)
+
+
 # ------------------------------------------------------------ trials
 
 

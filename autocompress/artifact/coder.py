@@ -256,8 +256,8 @@ def _can_keep() -> bool:
 # called with would be compiled; functions that only compiled ones call have no way in from Python (to call one from
 # there crashes); min, max and new arrays, which numba would compile too, are not used. error_model: nothing is ever
 # divided by zero. `_mixed` and `_bit`, where the time of coding goes, LLVM must be told to inline.
-_compiled = partial(njit, cache=_can_keep(), error_model="numpy", no_cfunc_wrapper=True)
-_inner = partial(_compiled, no_cpython_wrapper=True)
+compiled = partial(njit, cache=_can_keep(), error_model="numpy", no_cfunc_wrapper=True)
+_inner = partial(compiled, no_cpython_wrapper=True)
 _at = np.uint64
 """An index from the start: of a signed one numba asks at every access whether it counts from the end, which took a
 fifth of the time."""
@@ -311,7 +311,7 @@ def _update(memory: Array, slot: int, bit: int) -> None:
     memory[_at(slot)] = state + (step << 10) + (n < _LIMIT)
 
 
-@_compiled("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8)")
+@compiled("i8(i8, i8[::1], u1[::1], i4[::1], i8, i8)")
 def _direct(mode: int, interval: Array, buffer: Array, memory: Array, slot: int, bit: int) -> int:
     """A bit with one context."""
     p = _min(_max(memory[slot] >> 14, _P_MIN), 65536 - _P_MIN)
@@ -418,7 +418,7 @@ def _row_rate(factors: Array, line: int) -> int:
     return (_ROW_RATE << 16) // (32768 + _max(_product(factors, line, line) >> 16, 0))
 
 
-@_compiled("void(i4[:, ::1], i8[::1])")
+@compiled("void(i4[:, ::1], i8[::1])")
 def _begin_columns(factors: Array, rates: Array) -> None:
     """Factors of the columns, at random (linear congruential), and the rates that follow from them."""
     state = 1
@@ -443,7 +443,7 @@ def _learn_columns(factors: Array, row: Array, rates: Array, energy: int, count:
         factors[0, k] = 0
 
 
-@_compiled()
+@compiled()
 def _code(
     mode: int,
     values: Array,
@@ -634,7 +634,7 @@ def _code(
             _learn_columns(factors, values[at + 1 - columns : at + 1], rates, squares, at + 1)
 
 
-@_compiled()
+@compiled()
 def _code_floats(
     mode: int, values: Array, exponent: int, mantissa: int, memory: Array, interval: Array, buffer: Array
 ) -> None:
@@ -678,7 +678,7 @@ def _code_floats(
         signs = _max(signs, 1 + (value >> (exponent + mantissa)))
 
 
-@_compiled()
+@compiled()
 def _code_text(
     mode: int, text: Array, known: int, memory: Array, interval: Array, buffer: Array, slots: Array, hashes: Array
 ) -> None:
