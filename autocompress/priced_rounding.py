@@ -8,7 +8,7 @@ accuracy a fifth to two fifths smaller than deciding each weight alone (CERWU, C
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autocompress.artifact.coder import compiled
 from autocompress.rate import bits_of_magnitudes
+from autocompress.techniques.base import Steps
 
 Array = NDArray[Any]
 _ROUNDS = 4
@@ -24,46 +25,39 @@ _COLUMNS, _OUTPUTS = 64, 4096
 """Inputs between two corrections of all that is left, and outputs at a time."""
 
 
-class Grid(NamedTuple):
-    """Values that weights may have: code times step, codes from `low` to `high`. step: float64, broadcasts to
-    [groups, outputs, inputs]."""
-
-    step: Tensor
-    low: int
-    high: int
-
-
-def rounded(start: Tensor, free: Tensor, best: Tensor, hessian: Tensor, price: Tensor, grid: Grid) -> Tensor:
+def rounded(start: Tensor, free: Tensor, best: Tensor, hessian: Tensor, price: Tensor, steps: Steps) -> Tensor:
     """Codes of a layer, as whole numbers in float64 [groups, outputs, inputs].
 
     start: codes as well, from which only those that are `free` (bool) may change. best: float64, as `start`: weights
     whose outputs are wanted. hessian: float64 [groups, inputs, inputs], by which an error e of an output's weights
     counts e H e. price: float64 [groups, outputs, 1], of a bit, in that unit.
+    The size of the steps: float64.
     """
-    codes, step = start.clone(), grid.step.expand_as(start)
+    codes, sizes = start.clone(), steps.size.expand_as(start)
     for _ in range(_ROUNDS):
-        bits = bits_of_magnitudes(codes, max(-grid.low, grid.high))
+        bits = bits_of_magnitudes(codes, max(-steps.low, steps.high))
         for first in range(0, codes.shape[1], _OUTPUTS):
             some = slice(first, first + _OUTPUTS)
-            own = grid._replace(step=step[:, some])
+            own = steps._replace(size=sizes[:, some])
             _improve(codes[:, some], free[:, some], best[:, some], hessian, price[:, some, 0], bits, own)
     return codes
 
 
 def _improve(
-    codes: Tensor, free: Tensor, best: Tensor, hessian: Tensor, price: Tensor, bits: Tensor, grid: Grid
+    codes: Tensor, free: Tensor, best: Tensor, hessian: Tensor, price: Tensor, bits: Tensor, steps: Steps
 ) -> None:
     """One round, in place. free: bool, which may change. price: [groups, outputs]. bits: float64, of each magnitude."""
-    pull = (codes * grid.step - best) @ hessian
+    pull = (codes * steps.size - best) @ hessian
+    prices, table, low, high = _array(price), _array(bits), float(steps.low), float(steps.high)
     for first in range(0, codes.shape[2], _COLUMNS):
         these = slice(first, first + _COLUMNS)
-        before, step = codes[:, :, these], grid.step[:, :, these]
-        after, low, high = _array(before).copy(), float(grid.low), float(grid.high)
-        may, unit, near, block = map(_array, (free[:, :, these], step, pull[:, :, these], hessian[:, these, these]))
-        _settle(after, may, unit, near, block, _array(price), _array(bits), low, high)
+        before, size = codes[:, :, these], steps.size[:, :, these]
+        after = _array(before).copy()
+        may, unit, near, block = map(_array, (free[:, :, these], size, pull[:, :, these], hessian[:, these, these]))
+        _descend(after, may, unit, near, block, prices, table, low, high)
         moved = torch.from_numpy(after).to(before) - before
         codes[:, :, these] += moved
-        pull += (moved * step) @ hessian[:, these]
+        pull += (moved * size) @ hessian[:, these]
 
 
 def _array(values: Tensor) -> Array:
@@ -72,10 +66,10 @@ def _array(values: Tensor) -> Array:
 
 
 @compiled()
-def _settle(
+def _descend(
     codes: Array,
     free: Array,
-    step: Array,
+    size: Array,
     pull: Array,
     hessian: Array,
     price: Array,
@@ -92,7 +86,7 @@ def _settle(
             for at in range(columns):
                 if not free[group, output, at]:
                     continue
-                now, unit, curvature = codes[group, output, at], step[group, output, at], hessian[group, at, at]
+                now, unit, curvature = codes[group, output, at], size[group, output, at], hessian[group, at, at]
                 wanted = now - near[at] / (curvature * unit)
                 if not np.isfinite(wanted):
                     continue

@@ -204,8 +204,9 @@ def zero_shares(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> dic
 
 
 def wanted_choices(space: BoundSpace) -> dict[str, tuple[Choice, ...]]:
-    """Every choice of every dimension that changes the model (and not only its training)."""
-    return {d.key: d.choices for d in space if d.name not in trainings()}
+    """Every choice of every dimension that alone changes the model (and not only its training, or the basis in which
+    other dimensions do)."""
+    return {d.key: d.choices for d in space if d.name not in trainings() and d.name != Transform.name}
 
 
 def needed_choices(space: BoundSpace, anatomy: Anatomy, most: int = MANY_PROBES) -> dict[str, tuple[Choice, ...]]:

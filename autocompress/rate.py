@@ -44,9 +44,10 @@ class RateModel:
                 largest = 1 << shadow.coding.layout(shadow.choice)[1]
                 codes = _in_steps(shadow).abs().clamp_max_(largest).round_().long().flatten()
                 found = torch.bincount(codes, minlength=largest + 1).float()
-                self.tables[name] = _bits(found)
+                counts = _of_either_sign(found)
+                self.tables[name] = _in_bits(counts)
                 self.bits[name] = (found * self.tables[name]).sum()
-                table = _falling_bits(found)
+                table = _falling_bits(counts)
                 rises = torch.cat([table.diff(), table.new_zeros(1)])
                 self._slopes[name] = torch.cat([-rises.flip(0), rises])
             else:
@@ -89,27 +90,25 @@ class RateModel:
 
 def bits_of_magnitudes(codes: Tensor, largest: int) -> Tensor:
     """Bits of each magnitude up to `largest`, sign included, that never fall as it grows: float64 [largest + 1]."""
-    return _falling_bits(torch.bincount(codes.abs().long().flatten(), minlength=largest + 1).double())
+    found = torch.bincount(codes.abs().long().flatten(), minlength=largest + 1).double()
+    return _falling_bits(_of_either_sign(found))
 
 
-def _falling_bits(found: Tensor) -> Tensor:
-    """By the counts that are nearest and fall with magnitude; as `found`."""
-    falling = isotonic_regression(_of_either_sign(found).cpu().numpy(), increasing=False).x
-    return _in_bits(torch.from_numpy(falling.copy()).to(found))
-
-
-def _bits(found: Tensor) -> Tensor:
-    """Bits of each magnitude, [n], from how often it was found."""
-    return _in_bits(_of_either_sign(found))
+def _falling_bits(counts: Tensor) -> Tensor:
+    """By the counts that are nearest and fall with magnitude; as `counts`."""
+    falling = isotonic_regression(counts.cpu().numpy(), increasing=False).x
+    return _in_bits(torch.from_numpy(falling.copy()).to(counts))
 
 
 def _of_either_sign(found: Tensor) -> Tensor:
+    """How often codes of each sign were found, from how often their magnitude was, and never not at all."""
     counts = found + 0.1
     counts[1:] /= 2
     return counts
 
 
 def _in_bits(counts: Tensor) -> Tensor:
+    """Of each magnitude, [n], from the counts of its codes of either sign."""
     return -(counts / (2 * counts.sum() - counts[0])).log2()
 
 

@@ -29,7 +29,7 @@ from autocompress.curvature import squared_gradients
 from autocompress.handed import Handed
 from autocompress.matrices import matrices, runs_as
 from autocompress.matrix import Call, Matrix, Weight, by_place, input_of
-from autocompress.priced_rounding import Grid, rounded
+from autocompress.priced_rounding import rounded
 from autocompress.rate import RateModel
 from autocompress.recipe import Choice
 from autocompress.surgery import owners
@@ -240,10 +240,10 @@ def _round(shadow: ShadowedLayer, matrix: Matrix, best: Tensor, hessian: Tensor,
     def grouped(weight: Tensor) -> Tensor:
         return matrix.grouped(weight.double().expand(shape), groups)
 
-    step, start = grouped(steps[0]), grouped(coding.scaled(shadow.masked(), shadow.choice, shadow.learned).round())
+    size, start = grouped(steps.size), grouped(coding.scaled(shadow.masked(), shadow.choice, shadow.learned).round())
     free = torch.ones_like(start, dtype=torch.bool) if shadow.mask is None else grouped(shadow.mask).bool()
-    codes = rounded(start, free, best, hessian, price, Grid(step, *steps[1:]))
-    shadow.dense = matrix.restored(codes * step, shape).float()
+    codes = rounded(start, free, best, hessian, price, steps._replace(size=size))
+    shadow.dense = matrix.restored(codes * size, shape).float()
 
 
 def _in_basis(fit: _Fit, shadow: ShadowedLayer) -> _Fit:

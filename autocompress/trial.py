@@ -233,10 +233,10 @@ class Workshop:
             shares = parent_recipe.dimension("sparsity").items()
             start = {site: share for site, share in shares if isinstance(share, float)}
         candidate = Candidate(self.original, self.anatomy, recipe, self.calibration, state, parent_recipe)
-        rate = RateModel(candidate)
         epochs = self.task.epochs if spec.epochs is None else spec.epochs
         if not self.task.epochs:
             reconstruct(candidate, self.samples)
+        rate = RateModel(candidate)
         learning_rate = self._learning_rate(candidate) if epochs else None
         for epoch in fine_tune(self.task, candidate, self.original, epochs, start, learning_rate, rate):
             halfway = epoch == (epochs + 1) // 2 and epoch < epochs

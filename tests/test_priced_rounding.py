@@ -16,12 +16,13 @@ from autocompress import priced_rounding
 from autocompress.artifact import load, read_artifact
 from autocompress.compression import Candidate
 from autocompress.files import ARTIFACT
-from autocompress.priced_rounding import Grid, rounded
+from autocompress.priced_rounding import rounded
 from autocompress.rate import bits_of_magnitudes
 from autocompress.recipe import Recipe
 from autocompress.reconstruction import reconstruct
 from autocompress.space import SearchSpace
 from autocompress.task import Task
+from autocompress.techniques.base import Steps
 from autocompress.trial import Workshop
 from tests.conftest import small_digits, zoo_task
 
@@ -41,8 +42,8 @@ def solved(weight: Tensor, hessian: Tensor, price: float, free: Tensor | None = 
     start = (weight / step).round().clamp(LOW, HIGH)
     every = torch.ones_like(weight, dtype=torch.bool) if free is None else free
     prices = torch.full_like(weight[:, :, :1], price)
-    grid = Grid(torch.tensor(step, dtype=torch.float64), LOW, HIGH)
-    return rounded(start, every, weight, hessian, prices, grid)
+    steps = Steps(torch.tensor(step, dtype=torch.float64), LOW, HIGH)
+    return rounded(start, every, weight, hessian, prices, steps)
 
 
 def error(codes: Tensor, weight: Tensor, hessian: Tensor) -> float:
@@ -115,9 +116,9 @@ def test_parts_of_a_layer_come_to_what_all_of_it_does(monkeypatch: pytest.Monkey
 def test_numbers_that_are_not_finite_change_nothing() -> None:
     weight, hessian = problem(1, 3, 5, 4)
     start = (weight / STEP).round().clamp(LOW, HIGH)
-    grid = Grid(torch.tensor(STEP, dtype=torch.float64), LOW, HIGH)
+    steps = Steps(torch.tensor(STEP, dtype=torch.float64), LOW, HIGH)
     free, price = torch.ones_like(start, dtype=torch.bool), torch.ones_like(start[:, :, :1])
-    assert torch.equal(rounded(start, free, weight * torch.nan, hessian, price, grid), start)
+    assert torch.equal(rounded(start, free, weight * torch.nan, hessian, price, steps), start)
 
 
 # ------------------------------------------------------------ trials

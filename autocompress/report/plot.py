@@ -14,7 +14,6 @@ from autocompress.front import Base, FrontPoint, ParetoFront, format_accuracy
 from autocompress.report.inside import HEADER, VECTORS, parts
 from autocompress.report.trials import Trial
 from autocompress.sizes import format_size
-from autocompress.techniques.base import Transform
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,11 +73,11 @@ def plot_inside(artifact: Artifact, path: Path) -> Path:
 
 def plot_profile(profile: Profile, path: Path) -> Path:
     """A heat map of the sensitivities: sites down, choices across, colour by the change of the outputs (log
-    scale; white: no change, grey: no such choice), without transforms, which alone change none. Returns `path`."""
+    scale; white: no change, grey: no such choice). Returns `path`."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    shown = [d for d in profile.space if profile.effects.get(d.key) and d.name != Transform.name]
+    shown = [d for d in profile.space if profile.effects.get(d.key)]
     sites = list(dict.fromkeys(d.site for d in shown))
     columns = list(dict.fromkeys((d.name, c) for d in shown for c in d.choices if c != d.default))
     columns.sort(key=lambda column: [d.name for d in shown].index(column[0]))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from rich.table import Table
 
 from autocompress.agent.profile import Profile
-from autocompress.techniques.base import Transform
 
 
 def sensitivity_table(profile: Profile, title: str) -> Table:
-    """One row a site and dimension: its choices, each with the rise of the output distance, in nats. Without
-    transforms, which alone change nothing."""
+    """One row a site and dimension: its choices, each with the rise of the output distance, in nats."""
     table = Table(title=title, title_justify="left")
     table.add_column("site", no_wrap=True)
     table.add_column("dimension", no_wrap=True)
@@ -18,7 +16,7 @@ def sensitivity_table(profile: Profile, title: str) -> Table:
     for key, dimension in profile.dimensions.items():
         known = profile.effects.get(key, {})
         told = [f"{choice}: {_short(known[str(choice)])}" for choice in dimension.choices if str(choice) in known]
-        if told and dimension.name != Transform.name:
+        if told:
             table.add_row(dimension.site, dimension.name, "   ".join(told))
     return table
 

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -236,6 +236,14 @@ class Coding(Technique):
         return [layer.name for layer in anatomy.layers]
 
 
+class Steps(NamedTuple):
+    """Values that weights may have: code times size, codes from `low` to `high`. size: broadcasts to the weight."""
+
+    size: Tensor
+    low: int
+    high: int
+
+
 class IntegerCoding(Coding):
     """A coding whose codes are integers (its `layout` has no exponent), so that their bits can be priced."""
 
@@ -243,9 +251,8 @@ class IntegerCoding(Coding):
     def scaled(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Tensor:
         """The weight in units of its integer code, before rounding; differentiable."""
 
-    def steps(self, choice: Choice, parameters: Tensor, dimensions: int) -> tuple[Tensor, int, int] | None:
-        """(what codes are multiplied by, float32, as it broadcasts to a tensor of so many dimensions; least code;
-        largest). None where the values of codes are no multiples."""
+    def steps(self, choice: Choice, parameters: Tensor, dimensions: int) -> Steps | None:
+        """Of a tensor of so many dimensions, float32; None where the values of codes are no multiples."""
         return None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.recipe import Choice
-from autocompress.techniques.base import Coded, IntegerCoding, register, straight_through
+from autocompress.techniques.base import Coded, IntegerCoding, Steps, register, straight_through
 from autocompress.techniques.clipping import FRACTIONS, clip_range
 
 _WIDTHS = range(8, 1, -1)
@@ -122,8 +122,8 @@ class Integers(IntegerCoding):
         # hardtanh and its gradient are several times as fast as clamp and its own
         return nn.functional.hardtanh(weight / step_of(parameters, weight.ndim), *_range(choice))
 
-    def steps(self, choice: Choice, parameters: Tensor, dimensions: int) -> tuple[Tensor, int, int]:
-        return step_of(parameters, dimensions), *_limits(choice)
+    def steps(self, choice: Choice, parameters: Tensor, dimensions: int) -> Steps:
+        return Steps(step_of(parameters, dimensions), *_limits(choice))
 
     def encode(self, weight: Tensor, choice: Choice, parameters: Tensor) -> Coded:
         codes = self.scaled(weight.detach(), choice, parameters.detach()).round_()
