@@ -12,7 +12,7 @@ from .recipe import Recipe
 from .searching import profile, resume, search
 from .space import SearchSpace
 from .task import Task
-from .trial import Workshop
+from .trial.workshop import Workshop
 from .version import __version__
 
 __all__ = [

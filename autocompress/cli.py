@@ -395,7 +395,7 @@ def inspect(
     from autocompress.report.inspection import inspection_tables
     from autocompress.space import BoundSpace, SearchSpace
     from autocompress.task import check_task, load_task
-    from autocompress.trial import Workshop
+    from autocompress.trial.workshop import Workshop
 
     given = load_task(task)
     rules = SearchSpace.named(space)

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from autocompress.allocator import keep_freed_memory
-from autocompress.anatomy import read_anatomy
 from autocompress.artifact import load
-from autocompress.compression import activation_modules
-from autocompress.probing import zero_shares
+from autocompress.model.anatomy import read_anatomy
 from autocompress.task import Task, fastest_device, load_task, measure
-from autocompress.trial import calibration_batches
+from autocompress.trial.compression import activation_modules
+from autocompress.trial.probing import zero_shares
+from autocompress.trial.workshop import calibration_batches
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from autocompress.report.live import LiveView
 from autocompress.sizes import parse_size
 from autocompress.space import SearchSpace
 from autocompress.task import Task, check_task, fastest_device, load_task
-from autocompress.trial import Workshop
+from autocompress.trial.workshop import Workshop
 
 Sampler = Literal["frontier", "tpe", "nsga2", "gp", "random"]
 _BUDGET = 50

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from autocompress.anatomy import Anatomy
 from autocompress.errors import RecipeError, SpaceError, near_misses
+from autocompress.model.anatomy import Anatomy
 from autocompress.recipe import MODEL, Choice, Recipe
 
 _HERE = Path(__file__).parent

@@ -19,11 +19,11 @@ from torch.nn.parameter import is_lazy
 
 from autocompress.errors import AutocompressError, TaskError, in_words, near_misses
 from autocompress.metric import Metric, SplitMetric, score
+from autocompress.model.reparametrization import copied, plain
+from autocompress.model.replacement import Replacement
+from autocompress.model.surgery import tensors
 from autocompress.nested import leaves, map_leaves
-from autocompress.reparametrization import copied, plain
-from autocompress.replacement import Replacement
 from autocompress.seeds import seeded
-from autocompress.surgery import tensors
 
 Batch = Any
 """`(inputs, target)`; inputs are a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`), each as one where
@@ -59,7 +59,7 @@ class Task:
         once and keeps the weights in the run folder; `evaluate` never does.
     epochs, learning_rate: length and peak rate (AdamW, one cycle) of the fine-tuning of one trial; a search finds by
         itself which multiple of the rate suits heavy compression (docs/search.md). No epochs: layers are fitted to
-        the outputs of the original's, in closed form (`reconstruction.py`).
+        the outputs of the original's, in closed form (`trial/reconstruction.py`).
     """
 
     model: nn.Module | Callable[[], nn.Module]

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from autocompress.artifact.basis import Basis
 from autocompress.artifact.coder import CoderState, Scan
 from autocompress.artifact.container import Plan, decode_artifact, encode_artifact
-from autocompress.basis import Basis
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Recipe
 from autocompress.techniques.base import coding_choices, coding_of, transforms

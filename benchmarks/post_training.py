@@ -30,8 +30,8 @@ from autocompress.artifact import load
 from autocompress.chance import chance_accuracy
 from autocompress.files import ARTIFACT
 from autocompress.front import Base, non_dominated
+from autocompress.model.surgery import tensors
 from autocompress.space import BoundSpace
-from autocompress.surgery import tensors
 from autocompress.task import load_task, measure
 
 TASKS = {
@@ -52,7 +52,7 @@ def searched(name: str, fitted: bool) -> dict[str, Any]:
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="bench-post-training-") as folder,
-        nullcontext() if fitted else mock.patch("autocompress.trial.reconstruct"),
+        nullcontext() if fitted else mock.patch("autocompress.trial.workshop.reconstruct"),
     ):
         workshop = ac.Workshop.on(given, ac.SearchSpace.named("default"), Path(folder))
         if not fitted:  # the nearest has no price

@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from autocompress.agent.preparation import trained
-from autocompress.compression import Candidate
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.space import BoundSpace
 from autocompress.task import fastest_device, load_task, measure, to_device
 from autocompress.techniques.base import trainings
-from autocompress.training import fine_tune, step_costs
-from autocompress.trial import Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.training import fine_tune, step_costs
+from autocompress.trial.workshop import Workshop
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 TASKS = {"digits": "digits", "lenet5": "benchmarks.tasks:lenet5_short", "wide": "benchmarks.tasks:wide_rows"}

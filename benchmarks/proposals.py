@@ -26,7 +26,7 @@ import autocompress as ac
 from autocompress.agent.planner import plan
 from autocompress.agent.sampler import distributions
 from autocompress.agent.study import SearchStudy
-from autocompress.anatomy import Anatomy, Layer
+from autocompress.model.anatomy import Anatomy, Layer
 from autocompress.space import BoundDimension, BoundSpace
 
 RESULTS = Path(__file__).parent / "results" / "proposals.json"

@@ -55,7 +55,7 @@ from autocompress.artifact import load
 from autocompress.chance import chance_accuracy
 from autocompress.files import ARTIFACT
 from autocompress.front import Base, hypervolume, non_dominated
-from autocompress.surgery import tensors
+from autocompress.model.surgery import tensors
 from autocompress.task import load_task, measure
 
 RESULTS = Path(__file__).parent / "results" / "search"

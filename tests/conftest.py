@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 import autocompress  # noqa: F401  (registers the techniques)
 from autocompress.agent import engine
-from autocompress.anatomy import Anatomy, read_anatomy
+from autocompress.agent.supply import Supply
+from autocompress.model.anatomy import Anatomy, read_anatomy
 from autocompress.space import BoundSpace
 from autocompress.task import Task
 from autocompress.tasks.digits import SPLIT, load_images
-from autocompress.trial import TrialResult, Workshop
+from autocompress.trial.workshop import TrialResult, Workshop
 
 N = 48
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -260,7 +261,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _run_trials(payload: bytes, supply: engine.Supply, *_: Any) -> None:
+def _run_trials(payload: bytes, supply: Supply, *_: Any) -> None:
     workshop: Workshop = cloudpickle.loads(payload)()
     while (spec := supply.next()) is not None:
         try:

@@ -13,7 +13,7 @@ from autocompress.chance import chance_accuracy, loss_unit
 from autocompress.front import Base, ParetoFront, format_accuracy, skill
 from autocompress.space import SearchSpace
 from autocompress.task import Calibration, Task
-from autocompress.trial import Workshop, calibration_batches
+from autocompress.trial.workshop import Workshop, calibration_batches
 from tests.conftest import small_digits
 
 SPACE = SearchSpace.parse("layers: {'*': {weights: [float32, int4]}}\nmodel: {rate_penalty: [0, 0.25]}", "here")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import autocompress as ac
 from autocompress.artifact import load
-from autocompress.compression import Candidate
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.space import SearchSpace
 from autocompress.task import measure
-from autocompress.training import fine_tune
-from autocompress.trial import TrialResult, TrialSpec, Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.training import fine_tune
+from autocompress.trial.workshop import TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits, workshop_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import autocompress as ac
 from autocompress.artifact import pack
-from autocompress.compression import Candidate
 from autocompress.errors import ArtifactError, ExportError
 from autocompress.exporting import FORMATS as KINDS
 from autocompress.recipe import Choice, Recipe
-from autocompress.trial import Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.workshop import Workshop
 from tests.conftest import small_digits, workshop_of, zoo_task
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in KINDS[".onnx"].packages)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import autocompress as ac
 from autocompress.agent.sampler import distributions
-from autocompress.anatomy import is_activation
+from autocompress.model.anatomy import is_activation
 
 WIDTH, HEADS, TOKENS = 16, 2, 11
 
@@ -86,7 +86,7 @@ def test_gated_units_and_the_width_are_pruned_and_rotary_ones_left_alone(worksho
 def test_channels_that_cannot_be_followed_are_left_alone(
     workshop: ac.Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autocompress.tracing._MOST_MEMBERS", 3)
+    monkeypatch.setattr("autocompress.model.tracing._MOST_MEMBERS", 3)
     again = ac.Workshop(workshop.task, workshop.original, ac.SearchSpace.named("default"), workshop.folder, 0)
     assert [group.name for group in again.anatomy.groups] == ["gate"]  # which is found by trying
     assert "they are found in more than" in again.anatomy.left_alone["o"]

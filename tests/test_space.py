@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.anatomy import Anatomy, read_anatomy
 from autocompress.errors import RecipeError, SpaceError
+from autocompress.model.anatomy import Anatomy, read_anatomy
 from autocompress.recipe import Recipe
 from autocompress.space import SearchSpace, space_files
 from tests.conftest import zoo_task

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.artifact import load, read_artifact
-from autocompress.compression import Candidate
 from autocompress.files import ARTIFACT
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
 from autocompress.task import Task, measure
-from autocompress.trial import TrialResult, TrialSpec, Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.workshop import TrialResult, TrialSpec, Workshop
 
 SPACE = SearchSpace.parse(
     """

@@ -19,7 +19,7 @@ from autocompress.agent.study import SearchStudy
 from autocompress.errors import AutocompressError, RunError
 from autocompress.files import ERROR, write_file
 from autocompress.front import ParetoFront, format_accuracy
-from autocompress.trial import Rung, TrialResult, TrialSpec
+from autocompress.trial.workshop import Rung, TrialResult, TrialSpec
 
 _MANY = 1_000_000
 MAX_FRUITLESS = 3

@@ -23,13 +23,13 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import torch
 
+from autocompress.agent.supply import Supply
 from autocompress.errors import RunError, in_words
-from autocompress.trial import Rung, TrialResult, TrialSpec
 from autocompress.version import __version__
 
 _SETTINGS = {
@@ -60,25 +60,6 @@ _PATIENCE = 120
 
 _PRIVATE = threading.Lock()
 """Held while this process has a private Ray; there cannot be two."""
-
-
-class Supply(Protocol):
-    """What an engine needs of the controller. Called from one thread."""
-
-    def next(self) -> TrialSpec | None:
-        """The next trial, or None when the budget is spent."""
-
-    def rung(self, number: int, rung: Rung) -> bool:
-        """Take note of a rung; True when the trial should stop here."""
-
-    def finished(self, number: int, result: TrialResult) -> None: ...
-
-    def stopped(self, number: int) -> None: ...
-
-    def failed(self, number: int, reason: str) -> None: ...
-
-    def lost(self, number: int) -> None:
-        """The trial's worker died, by its own fault or not."""
 
 
 @dataclass(frozen=True)

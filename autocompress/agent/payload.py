@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from autocompress.errors import TaskError, in_words
-from autocompress.reparametrization import copied
+from autocompress.model.reparametrization import copied
 from autocompress.space import BoundSpace
 from autocompress.task import Task, fastest_device, load_task
-from autocompress.trial import Workshop
+from autocompress.trial.workshop import Workshop
 
 
 @dataclass

@@ -28,14 +28,14 @@ from autocompress.chance import chance_accuracy
 from autocompress.errors import RunError, TargetError, in_words
 from autocompress.files import write_file
 from autocompress.front import Base, format_accuracy
-from autocompress.probing import MANY_PROBES, choice_count, needed_choices
-from autocompress.reparametrization import plain
+from autocompress.model.reparametrization import plain
+from autocompress.model.surgery import assign, tensors
 from autocompress.seeds import seed_everything
 from autocompress.sizes import format_size
 from autocompress.space import SearchSpace
-from autocompress.surgery import assign, tensors
 from autocompress.task import Task, check_task, fastest_device, measure
-from autocompress.trial import Workshop
+from autocompress.trial.probing import MANY_PROBES, choice_count, needed_choices
+from autocompress.trial.workshop import Workshop
 
 PROFILING = "profiling every choice"
 WORTH_WORKERS = 15

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.anatomy import Anatomy, Layer, Memberships
+from autocompress.model.anatomy import Anatomy, Layer, Memberships
 from autocompress.recipe import MODEL, Choice
 from autocompress.space import BoundDimension, BoundSpace
 from autocompress.techniques.base import structures

@@ -21,10 +21,10 @@ from torch import Tensor
 import autocompress
 from autocompress.errors import ArtifactError
 from autocompress.files import write_file
+from autocompress.model.surgery import tensors
 from autocompress.nested import leaves
-from autocompress.probing import MANY_PROBES, choice_count, needed_choices
-from autocompress.surgery import tensors
-from autocompress.trial import Workshop
+from autocompress.trial.probing import MANY_PROBES, choice_count, needed_choices
+from autocompress.trial.workshop import Workshop
 
 
 def measured_profile(

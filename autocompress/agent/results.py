@@ -14,7 +14,7 @@ from autocompress.errors import RunError
 from autocompress.files import ARTIFACT, CHECKPOINT, RECIPE, write_file
 from autocompress.front import FRONT_FILE, Base, FrontPoint, ParetoFront, non_dominated
 from autocompress.task import measure
-from autocompress.trial import Workshop
+from autocompress.trial.workshop import Workshop
 
 
 @dataclass(frozen=True)

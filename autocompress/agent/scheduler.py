@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autocompress.agent.study import SearchStudy
-from autocompress.trial import Rung
+from autocompress.trial.workshop import Rung
 
 _SMALLER, _BETTER = 0.85, 0.045
 """Share of the predicted bytes, and share of the original's skill."""

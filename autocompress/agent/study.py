@@ -23,7 +23,7 @@ from autocompress.agent.journal import Journal
 from autocompress.agent.sampler import FrontierSampler, distributions
 from autocompress.errors import RunError, in_words
 from autocompress.space import BoundSpace
-from autocompress.trial import Rung, TrialResult, TrialSpec
+from autocompress.trial.workshop import Rung, TrialResult, TrialSpec
 
 STUDY_NAME = "autocompress"
 JOURNAL, LOCK = "study.journal", ".lock"

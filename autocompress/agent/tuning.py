@@ -18,8 +18,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from autocompress.agent.engine import Supply
-from autocompress.trial import Rung, TrialResult, TrialSpec
+from autocompress.agent.supply import Supply
+from autocompress.trial.workshop import Rung, TrialResult, TrialSpec
 
 
 class Proposals(Searcher):

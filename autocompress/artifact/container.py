@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autocompress.artifact.basis import Basis
 from autocompress.artifact.coder import MAX_WEIGHTS_PER_BYTE, CoderState
 from autocompress.artifact.codes import read_codes, write_codes
-from autocompress.basis import Basis
 from autocompress.errors import ArtifactError
 from autocompress.recipe import Choice, Recipe
 from autocompress.techniques.base import Coded, Coding, coding_of, coding_tagged, transform_tagged

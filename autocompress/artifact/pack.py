@@ -18,9 +18,9 @@ from autocompress.artifact.container import (
     read_artifact,
 )
 from autocompress.errors import ArtifactError
+from autocompress.model.reparametrization import copied, plain
+from autocompress.model.surgery import assign, tensors
 from autocompress.recipe import MODEL, Recipe
-from autocompress.reparametrization import copied, plain
-from autocompress.surgery import assign, tensors
 from autocompress.techniques.base import coding_of, structures
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from autocompress.anatomy import layer_name
 from autocompress.artifact import Artifact, StoredTensor
+from autocompress.model.anatomy import layer_name
 
 BAR = 12
 VECTORS, HEADER = "vectors", "header"

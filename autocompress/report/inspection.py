@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from autocompress.anatomy import Anatomy
+from autocompress.model.anatomy import Anatomy
 from autocompress.space import BoundSpace
 
 

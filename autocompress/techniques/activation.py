@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
+from autocompress.model.anatomy import Anatomy
+from autocompress.model.replacement import Elementwise
 from autocompress.recipe import Choice
-from autocompress.replacement import Elementwise
 from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register
 

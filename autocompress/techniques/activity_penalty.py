@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import SpaceError
-from autocompress.hooks import forward_hooks
+from autocompress.model.hooks import forward_hooks
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Term, TrainingTechnique, register
 

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
+from autocompress.model.anatomy import Anatomy
 from autocompress.recipe import MODEL, Choice
 from autocompress.space import dimensions, register_dimension
 from autocompress.task import Calibration

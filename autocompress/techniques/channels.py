@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy
-from autocompress.channel_graph import ChannelGraph
+from autocompress.model.anatomy import Anatomy
+from autocompress.model.channel_graph import ChannelGraph
 from autocompress.recipe import Choice
 from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, number_in, register

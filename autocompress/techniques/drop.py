@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from autocompress.anatomy import Anatomy, Block
-from autocompress.replacement import Dropped, Replacement
+from autocompress.model.anatomy import Anatomy, Block
+from autocompress.model.replacement import Dropped, Replacement
 from autocompress.task import Calibration
 from autocompress.techniques.structure import Structure, offer
 

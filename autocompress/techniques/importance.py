@@ -23,10 +23,10 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from autocompress.channel_graph import ChannelGraph
 from autocompress.divergence import divergence
 from autocompress.errors import SpaceError
-from autocompress.hooks import Hook, forward_hooks
+from autocompress.model.channel_graph import ChannelGraph
+from autocompress.model.hooks import Hook, forward_hooks
 from autocompress.recipe import Choice
 from autocompress.task import Calibration
 from autocompress.techniques.base import TrainingTechnique, register

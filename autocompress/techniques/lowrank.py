@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Block
-from autocompress.replacement import Replacement
+from autocompress.model.anatomy import Anatomy, Block
+from autocompress.model.replacement import Replacement
 from autocompress.task import Calibration
 from autocompress.techniques.structure import Structure, offer
 

@@ -4,8 +4,8 @@ So half the bits are worth the same at any size: a price that suits a first step
 Losses without classes are not in nats: theirs counts in shares of what the mean output loses.
 Rate-aware training makes files 2 to 3 times smaller with the same coder (Wiedemann et al., DeepCABAC,
 2019; Oktay et al., Scalable Model Compression, ICLR 2020). Biases that are not
-worth their bits become zero (`autocompress/biases.py`). Without training weights are rounded by it
-(`autocompress/priced_rounding.py`; Behdin et al., QuantEase, 2023; Conzelmann and Bamler, CERWU, 2025).
+worth their bits become zero (`autocompress/trial/biases.py`). Without training weights are rounded by it
+(`autocompress/trial/priced_rounding.py`; Behdin et al., QuantEase, 2023; Conzelmann and Bamler, CERWU, 2025).
 
 Not for float formats, whose rate the estimate takes as constant; without training only for integers of equal steps.
 """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autocompress.replacement import Elementwise
+from autocompress.model.replacement import Elementwise
 from autocompress.techniques.activation import FittedActivation, offer
 
 _SAMPLE = 1 << 20

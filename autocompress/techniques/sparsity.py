@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autocompress.anatomy import Anatomy
 from autocompress.errors import SpaceError
+from autocompress.model.anatomy import Anatomy
 from autocompress.recipe import Choice
 from autocompress.techniques.base import Masking, number_in, register
 

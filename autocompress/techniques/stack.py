@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.anatomy import Anatomy, Block, read_anatomy
-from autocompress.channel_graph import ChannelGraph
 from autocompress.errors import RecipeError
+from autocompress.model.anatomy import Anatomy, Block, read_anatomy
+from autocompress.model.channel_graph import ChannelGraph
+from autocompress.model.reparametrization import copied
+from autocompress.model.replacement import Replacement
 from autocompress.nested import cloned, leaves, map_leaves
-from autocompress.reparametrization import copied
-from autocompress.replacement import Replacement
 from autocompress.task import Calibration
 from autocompress.techniques.importance import importance, ranked
 from autocompress.techniques.lowrank import KINDS, LowRank, factors, pair, rank_of, weights_saved

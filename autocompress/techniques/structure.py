@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from autocompress.anatomy import Anatomy, Block
 from autocompress.errors import SpaceError
+from autocompress.model.anatomy import Anatomy, Block
+from autocompress.model.replacement import Replacement, replaced
 from autocompress.recipe import MODEL, Choice
-from autocompress.replacement import Replacement, replaced
 from autocompress.task import Calibration
 from autocompress.techniques.base import StructureTechnique, register
 

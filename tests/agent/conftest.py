@@ -12,7 +12,7 @@ from autocompress.agent.study import SearchStudy
 from autocompress.front import Base
 from autocompress.recipe import Recipe
 from autocompress.space import SearchSpace
-from autocompress.trial import TrialResult, TrialSpec, Workshop
+from autocompress.trial.workshop import TrialResult, TrialSpec, Workshop
 from tests.conftest import small_digits
 
 BASE_ACCURACY = 0.95

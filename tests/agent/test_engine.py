@@ -20,7 +20,7 @@ from ray.tune.utils.object_cache import _ObjectCache
 from autocompress.agent.engine import run_trials, start_ray
 from autocompress.agent.tuning import Rungs
 from autocompress.errors import RunError
-from autocompress.trial import TrialResult, TrialSpec
+from autocompress.trial.workshop import TrialResult, TrialSpec
 
 
 def listening_elsewhere() -> set[str]:

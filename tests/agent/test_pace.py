@@ -15,7 +15,8 @@ import pytest
 import autocompress as ac
 from autocompress.agent import engine, pace
 from autocompress.agent.pace import Pace
-from autocompress.trial import TrialResult, TrialSpec, Workshop
+from autocompress.agent.supply import Supply
+from autocompress.trial.workshop import TrialResult, TrialSpec, Workshop
 from tests import mini
 from tests.conftest import trials_run_here
 
@@ -42,7 +43,7 @@ def test_no_worker_waits_for_the_others_while_there_is_time(tmp_path: Path, monk
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
-    def trials(payload: bytes, supply: engine.Supply, *_: Any) -> None:
+    def trials(payload: bytes, supply: Supply, *_: Any) -> None:
         workshop: Workshop = cloudpickle.loads(payload)()
 
         def asked() -> Iterator[TrialSpec]:

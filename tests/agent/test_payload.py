@@ -15,7 +15,7 @@ from autocompress.agent.payload import payload
 from autocompress.errors import TaskError
 from autocompress.space import BoundSpace
 from autocompress.task import Task
-from autocompress.trial import Workshop
+from autocompress.trial.workshop import Workshop
 
 
 def test_a_loader_that_has_been_read_from_is_sent_without_its_own_workers(tmp_path: Path) -> None:

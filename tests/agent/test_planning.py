@@ -16,7 +16,7 @@ from autocompress.agent.profile import Profile
 from autocompress.files import ARTIFACT
 from autocompress.searching import profile as profile_of
 from autocompress.space import BoundSpace, SearchSpace
-from autocompress.trial import TrialResult, TrialSpec, Workshop
+from autocompress.trial.workshop import TrialResult, TrialSpec, Workshop
 from benchmarks.proposals import made_up
 from tests.conftest import small_digits, workshop_of, zoo_task
 
@@ -117,7 +117,7 @@ def test_a_distance_is_never_below_zero(monkeypatch: pytest.MonkeyPatch) -> None
     task = small_digits()
     workshop = workshop_of(task)
     prober = workshop.prober
-    monkeypatch.setattr("autocompress.probing.divergence", lambda *given: torch.tensor(-1e-9))
+    monkeypatch.setattr("autocompress.trial.probing.divergence", lambda *given: torch.tensor(-1e-9))
     assert prober.distance(workshop.original) == 0
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress import probing, search
+from autocompress import search
 from autocompress.agent.profile_cache import measured_profile
 from autocompress.space import SearchSpace
 from autocompress.task import Task
-from autocompress.trial import Workshop
+from autocompress.trial import probing
+from autocompress.trial.workshop import Workshop
 from tests.conftest import small_digits
 
 

@@ -14,7 +14,7 @@ from autocompress.agent.race import RACE
 from autocompress.agent.sampler import FrontierSampler
 from autocompress.agent.study import SearchStudy
 from autocompress.recipe import Recipe
-from autocompress.trial import TrialResult, TrialSpec
+from autocompress.trial.workshop import TrialResult, TrialSpec
 from tests.agent.conftest import BASE_ACCURACY, Outcome
 
 KEY = "model:learning_rate"

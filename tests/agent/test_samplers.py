@@ -18,7 +18,7 @@ from autocompress.agent.study import SearchStudy
 from autocompress.errors import SamplerError
 from autocompress.front import Base, hypervolume
 from autocompress.recipe import Recipe
-from autocompress.trial import Rung, TrialResult, TrialSpec
+from autocompress.trial.workshop import Rung, TrialResult, TrialSpec
 from tests.agent.conftest import BASE, Outcome, drive, folder_of
 
 

@@ -14,7 +14,7 @@ from autocompress.agent.scheduler import is_dominated
 from autocompress.agent.study import SearchStudy
 from autocompress.errors import RunError
 from autocompress.space import BoundSpace
-from autocompress.trial import Rung, TrialResult
+from autocompress.trial.workshop import Rung, TrialResult
 from tests.agent.conftest import BASE, Outcome, drive
 
 

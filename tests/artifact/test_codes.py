@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from autocompress.artifact.coder import Array, CoderState, Scan
 from autocompress.artifact.codes import read_codes, vertical, write_codes
-from autocompress.probing import coded_bytes
+from autocompress.trial.probing import coded_bytes
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=1, max_side=9)
 gappy = st.sampled_from([0, 0, -5, 7, 40, -128, 127])

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from autocompress.artifact.basis import Basis
 from autocompress.artifact.coder import CoderState
 from autocompress.artifact.container import (
     MAGIC,
@@ -27,7 +28,6 @@ from autocompress.artifact.container import (
     read_artifact,
 )
 from autocompress.artifact.pack import unpack
-from autocompress.basis import Basis
 from autocompress.errors import ArtifactError
 from autocompress.files import write_file
 from autocompress.recipe import Recipe

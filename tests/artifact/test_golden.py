@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import autocompress  # noqa: F401  (registers the techniques)
+from autocompress.artifact.basis import Basis
 from autocompress.artifact.container import VERSION, Artifact, Plan, decode_artifact, encode_artifact
 from autocompress.artifact.dictionary import DICTIONARY
-from autocompress.basis import Basis
 from autocompress.recipe import Recipe
 from autocompress.techniques.base import Coded, coding_of, transforms
 from tests.artifact import reference_reader

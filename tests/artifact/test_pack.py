@@ -13,8 +13,8 @@ from autocompress.artifact import load, pack, unpack
 from autocompress.artifact.container import decode_artifact
 from autocompress.artifact.pack import Weights, fold_norms, with_statistics
 from autocompress.errors import ArtifactError
+from autocompress.model.surgery import assign, tensors
 from autocompress.recipe import Recipe
-from autocompress.surgery import assign, tensors
 from tests.conftest import ZOO
 
 

@@ -12,7 +12,7 @@ import torch
 import autocompress as ac
 from autocompress import evaluation
 from autocompress.space import SearchSpace
-from autocompress.trial import Workshop
+from autocompress.trial.workshop import Workshop
 from tests.conftest import ZOO, small_digits, zoo_task
 from tests.other_device import DEVICE, register
 

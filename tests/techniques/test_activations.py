@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.artifact import pack, unpack
-from autocompress.compression import Candidate
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
 from autocompress.task import Task, measure
 from autocompress.techniques.base import structures
 from autocompress.techniques.piecewise_linear import PiecewiseLinear
-from autocompress.training import fine_tune
+from autocompress.trial.compression import Candidate
+from autocompress.trial.training import fine_tune
 from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 ACTIVATION = structures()["activation"]

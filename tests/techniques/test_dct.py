@@ -14,16 +14,16 @@ from scipy.fft import dctn
 from torch import nn
 
 from autocompress.artifact import load, pack, read_artifact, unpack
+from autocompress.artifact.basis import Basis
 from autocompress.artifact.container import decode_artifact
-from autocompress.basis import Basis
-from autocompress.compression import Candidate
 from autocompress.recipe import Recipe
 from autocompress.report.inside import parts
 from autocompress.space import SearchSpace
 from autocompress.task import Task
 from autocompress.techniques.base import transforms
-from autocompress.training import fine_tune
-from autocompress.trial import Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.training import fine_tune
+from autocompress.trial.workshop import Workshop
 from tests.conftest import workshop_of, zoo_task
 
 DCT = transforms()["dct"]
@@ -171,7 +171,7 @@ def test_without_training_layers_are_fitted_in_their_basis(tmp_path: Path) -> No
     assert torch.allclose(weights[0], weights[1], atol=1e-4)
     distances = []
     for number, fit in ((2, True), (3, False)):
-        with nullcontext() if fit else mock.patch("autocompress.trial.reconstruct"):
+        with nullcontext() if fit else mock.patch("autocompress.trial.workshop.reconstruct"):
             workshop.finish(number, Recipe.of({"1:transform": "dct", "1:sparsity": 0.9}))
         stored = read_artifact(workshop.trial_folder(number) / "model.acz").tensors["1.weight"].coefficients
         assert stored is not None

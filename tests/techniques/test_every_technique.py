@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from autocompress.artifact import load, pack, unpack
-from autocompress.compression import Candidate
-from autocompress.rate import RateModel
 from autocompress.recipe import MODEL, Choice, Recipe
 from autocompress.report.techniques import markdown, rows
 from autocompress.space import SearchSpace, dimensions
 from autocompress.task import Task, to_device
 from autocompress.techniques import names
 from autocompress.techniques.base import Technique, structures, techniques, trainings
-from autocompress.training import fine_tune
-from autocompress.trial import TrialResult, TrialSpec, Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.rate import RateModel
+from autocompress.trial.training import fine_tune
+from autocompress.trial.workshop import TrialResult, TrialSpec, Workshop
 from tests.conftest import DEVICES, small_digits, workshop_of, zoo_task
 
 EVERY = [(technique, choice) for technique in techniques() for choice in technique.examples()]

@@ -7,12 +7,12 @@ import torch
 
 from autocompress.artifact import pack
 from autocompress.artifact.container import decode_artifact
-from autocompress.compression import Candidate
-from autocompress.rate import RateModel
+from autocompress.model.surgery import as_real
 from autocompress.recipe import Choice, Recipe
-from autocompress.surgery import as_real
 from autocompress.task import Task
-from autocompress.training import fine_tune
+from autocompress.trial.compression import Candidate
+from autocompress.trial.rate import RateModel
+from autocompress.trial.training import fine_tune
 from tests.conftest import workshop_of
 
 CODINGS: list[Choice] = ["float8-e4m3", "int4", "int4-channel", "ternary", "binary", "codebook-8"]

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.artifact import pack, unpack
-from autocompress.compression import Candidate
 from autocompress.errors import RecipeError, SpaceError
-from autocompress.probing import rebuilt
+from autocompress.model.surgery import as_real
 from autocompress.recipe import Choice, Recipe
 from autocompress.space import SearchSpace
-from autocompress.surgery import as_real
 from autocompress.task import Calibration, Task, load_task, measure
 from autocompress.techniques.base import structures
 from autocompress.techniques.stack import Stack
-from autocompress.training import fine_tune
-from autocompress.trial import Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.probing import rebuilt
+from autocompress.trial.training import fine_tune
+from autocompress.trial.workshop import Workshop
 from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 STRUCTURE = structures()["structure"]

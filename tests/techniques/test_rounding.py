@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.artifact import pack
-from autocompress.compression import Candidate
 from autocompress.recipe import Recipe
 from autocompress.task import Task, measure
 from autocompress.techniques.base import IntegerWeights, trainings
-from autocompress.training import fine_tune
+from autocompress.trial.compression import Candidate
+from autocompress.trial.training import fine_tune
 from tests.conftest import small_digits, workshop_of
 
 ROUNDING = trainings()["rounding"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.anatomy import read_anatomy
-from autocompress.channel_graph import ChannelGraph
 from autocompress.errors import SpaceError
+from autocompress.model.anatomy import read_anatomy
+from autocompress.model.channel_graph import ChannelGraph
 from autocompress.recipe import Choice
 from autocompress.space import SearchSpace
 from autocompress.task import Calibration, Task

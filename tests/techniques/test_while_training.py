@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.artifact import pack, unpack
-from autocompress.compression import Candidate
 from autocompress.divergence import divergence
 from autocompress.errors import SpaceError
 from autocompress.recipe import Choice, Recipe
@@ -20,8 +19,9 @@ from autocompress.task import Calibration, Task
 from autocompress.techniques.activation_bits import InputQuantizer
 from autocompress.techniques.base import SparseLayer, coding_of, structures, trainings
 from autocompress.techniques.clipping import clip_range
-from autocompress.training import fine_tune, step_costs
-from autocompress.trial import Workshop
+from autocompress.trial.compression import Candidate
+from autocompress.trial.training import fine_tune, step_costs
+from autocompress.trial.workshop import Workshop
 from tests.conftest import ZOO, small_digits, workshop_of, zoo_task
 
 REGROW, EXCHANGE = trainings()["regrow"], trainings()["exchange"]
