@@ -29,6 +29,7 @@ from autocompress.seeds import rewound, seed_everything, seeded
 from autocompress.space import BoundDimension, BoundSpace, SearchSpace
 from autocompress.task import Calibration, Task, batch_count, batch_size, measure, targets_of_each, to_device
 from autocompress.techniques.base import TrainingTechnique, Transform, maskings, only_trains, trainings
+from autocompress.trial.batch_norms import re_estimate
 from autocompress.trial.compression import Candidate, activation_modules
 from autocompress.trial.grids import with_grids
 from autocompress.trial.memory_format import put_channels_last
@@ -240,6 +241,8 @@ class Workshop:
         learning_rate = self._learning_rate(candidate) if epochs else None
         for epoch in fine_tune(self.task, candidate, self.original, epochs, start, learning_rate, rate):
             halfway = epoch == (epochs + 1) // 2 and epoch < epochs
+            if halfway or epoch == epochs:
+                re_estimate(self.task, candidate.model)
             yield Rung(epoch, epochs, measure(self.task, candidate.model, "val") if halfway else None)
         if not rate.factors:
             rate.calibrate()
