@@ -43,7 +43,7 @@ def raced(study: SearchStudy) -> list[float]:
 
 @pytest.mark.parametrize(
     ("best", "tried"),
-    [(1.0, [2, 4, 1, 0.5]), (2.0, [2, 4, 1]), (4.0, [2, 4]), (0.5, [2, 4, 1, 0.5, 0.25])],
+    [(1.0, [2, 4, 1, 0.5]), (2.0, [2, 4, 1]), (4.0, [2, 4, 8]), (16.0, [2, 4, 8, 16]), (0.5, [2, 4, 1, 0.5, 0.25])],
 )
 def test_the_race_climbs_as_long_as_it_pays(
     best: float, tried: list[float], study: SearchStudy, outcome: Outcome
