@@ -1,6 +1,6 @@
 """Batch norms after fine-tuning: statistics of the model as it has become.
 
-Running averages remember the first half of a hundred steps, and weights that are rounded and pruned anew in each leave
+For half a hundred steps running averages remember the original, and weights that are rounded anew in each leave
 them noisy (Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021; Nagel et al., Overcoming Oscillations in
 Quantization-Aware Training, ICML 2022).
 """
