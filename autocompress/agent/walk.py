@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from autocompress.agent.aim import ENOUGH, Aim
+from autocompress.agent.planner import plan
 from autocompress.agent.profile import Profile
+from autocompress.techniques.base import trainings
 
 _SHARE, _WORKERS = 0.5, 2
 """Share of the budget that it may take, and workers from which it takes less, by the root of their number: their steps
@@ -17,6 +19,13 @@ _FEWEST, _MOST = 6, 60
 """Steps of a small and of a large budget."""
 LONGEST = 0.35
 """The smallest share of its parent's bytes that one step leaves."""
+_RUINED = 1.0
+"""Distance from the original's outputs, in nats for scores of classes, at which the walk ends: what was planned to be
+that far without training has lost, trained, more than is of use."""
+_HALVINGS = 10
+"""Of the range of bytes in which it is looked for."""
+_WIDTH = 4.0
+"""The smallest factor between the bytes of its first and of its last step."""
 _BELOW = 0.97
 """The largest share of the smallest bytes so far that the next step aims at."""
 _RACED = 0.65
@@ -33,7 +42,7 @@ class Walk:
         """(bytes of the first step, of the last, number of steps)."""
         original, smallest = self.aim.original_bytes, self.aim.smallest_bytes
         first = min(0.22 * original, self._mild_bytes)
-        last = max(smallest * 1.1, original / 1200)
+        last = max(smallest * 1.1, original / 1200, min(self._ruined_bytes, first / _WIDTH))
         if self.aim.max_size_bytes is not None:
             last = max(smallest, min(first, self.aim.max_size_bytes) * ENOUGH)
             first = max(first, last * 1.5)
@@ -81,6 +90,21 @@ class Walk:
         first, raced = self.ends()[0], self.raced_bytes()
         share = math.log(first / size_bytes) / math.log(first / raced) if raced < first else 0.0
         return min(max(share, 0.0), 1.0)
+
+    @cached_property
+    def _ruined_bytes(self) -> float:
+        """Of the smallest plan that leaves, before any training, something of the original."""
+        profile, effects = self.profile, self.profile.effect_table
+        allowed = {d.key: d.choices for d in profile.space if d.name not in trainings()}
+        smallest, largest = self.aim.smallest_bytes, self.aim.original_bytes
+        for _ in range(_HALVINGS):
+            middle = math.sqrt(smallest * largest)
+            place = profile.place(plan(profile, effects, middle, profile.default(), allowed))
+            if effects[range(len(place)), place].sum() > _RUINED:
+                smallest = middle
+            else:
+                largest = middle
+        return largest
 
     @cached_property
     def _mild_bytes(self) -> float:
