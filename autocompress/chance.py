@@ -18,6 +18,9 @@ from autocompress.divergence import class_dimension
 from autocompress.nested import leaves, map_leaves
 from autocompress.task import Calibration, batch_size, is_batched, measure
 
+_ABOUT = 2.0
+"""Losses of class scores that are within this factor of nats stay as they are: smoothed, weighted, of two heads."""
+
 
 @torch.no_grad()
 def chance_accuracy(calibration: Calibration, model: nn.Module) -> float:
@@ -38,18 +41,38 @@ def chance_accuracy(calibration: Calibration, model: nn.Module) -> float:
 @torch.no_grad()
 def loss_unit(calibration: Calibration, model: nn.Module) -> float:
     """What losses are divided by, so that the price of bits and the distance to the original are worth as much beside
-    any: 1 of class scores, whose losses are in nats, else the loss of the mean output, or of the model where it has
-    none."""
+    any. Of class scores, what they make of a nat, or 1 where that is about a nat; else the loss of the mean output, or
+    of the model where it has none."""
     output, target = calibration.run(model)
-    if any(isinstance(leaf, Tensor) and class_dimension(leaf, target) is not None for leaf in leaves(output)):
-        return 1.0
-    constant = _constant_prediction(calibration, output)(output, batch_size(calibration.batches[0]))
+    classes = _classes(output, target)
+    if classes:
+        ignorant = map_leaves(output, lambda leaf: _undecided(leaf, target))
+    else:
+        ignorant = _constant_prediction(calibration, output)(output, batch_size(calibration.batches[0]))
     try:
-        own, chance = (float(calibration.task.loss(out, target)) for out in (output, constant))
+        own, chance = (float(calibration.task.loss(out, target)) for out in (output, ignorant))
     except Exception:  # whatever a user's own loss makes of such outputs
         return 1.0
     unit = own if chance == own else chance  # it gives its loss itself, maybe
+    if classes:
+        unit = chance / math.log(classes)
+        if chance == own or 1 / _ABOUT < unit < _ABOUT:
+            return 1.0
     return unit if 0 < unit < math.inf else 1.0
+
+
+def _classes(output: Any, target: Any) -> int:
+    """How many classes there are scores of; 0 of outputs without."""
+    for leaf in leaves(output):
+        if isinstance(leaf, Tensor) and (dimension := class_dimension(leaf, target)) is not None:
+            return leaf.shape[dimension]
+    return 0
+
+
+def _undecided(leaf: Any, target: Any) -> Any:
+    """Class scores that are all alike, as logarithms of probabilities; others stay."""
+    dimension = class_dimension(leaf, target) if isinstance(leaf, Tensor) else None
+    return leaf if dimension is None else torch.full_like(leaf, -math.log(leaf.shape[dimension]))
 
 
 def _constant_prediction(calibration: Calibration, calibrated: Any) -> Callable[[Any, int], Any]:

@@ -56,6 +56,19 @@ def test_chance_of_ten_classes() -> None:
     assert loss_unit(calibration, task.build()) == 1, "nats already"
 
 
+def test_cross_entropies_of_any_unit_are_in_nats() -> None:
+    def smoothed(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target, label_smoothing=0.2)
+
+    def summed(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target, reduction="sum")
+
+    task = small_digits()
+    samples = len(calibrated(task).run(task.build())[1])
+    assert loss_unit(calibrated(replace(task, loss=smoothed)), task.build()) == 1
+    assert loss_unit(calibrated(replace(task, loss=summed)), task.build()) == pytest.approx(samples)
+
+
 def test_chance_of_a_squared_error_is_the_variance_wherever_the_mean_is() -> None:
     for shift in (0.0, 1000.0):
         task = regression(10.0, shift)
