@@ -3,8 +3,9 @@
 A single step down from a parent hardly shows it, a heavy recipe without ancestors does: at half the task's own rate, at
 that, at twice and at four times of it, such a recipe had an accuracy of 0.959, 0.964, 0.969 and 0.974 on one task, of
 0.91, 0.92, 0.87 and 0.80 on another. The guess is one choice above the task's own rate; a budget that is too small for
-a race keeps to it, and the race climbs from there, one choice at a time, while it pays. Of many workers, who have no
-ancestors to start from yet, up to half try what may be asked next while those before are on their way.
+a race keeps to it, but for one choice more where files are smallest, and the race climbs from there, one choice at a
+time, while it pays. Of many workers, who have no ancestors to start from yet, up to half try what may be asked next
+while those before are on their way.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ class Race:
             return self._choices[min(untried, key=lambda i: abs(i - self._guess))] if untried else None
         return choice
 
-    def learning_rate(self, share: float) -> Choice:
-        """The winner (the guess, without a race) where `share` is 1, the task's own rate at 0, and between them in
-        steps of the choices; everywhere the winner, where it is less than the task's own."""
-        won = self._climb()[0]
-        return self._choices[won if won < self._own else self._own + round(share * (won - self._own))]
+    def learning_rate(self, depth: float) -> Choice:
+        """The winner at depth 1 of the walk and below, the task's own rate at 0, and between them in steps of the
+        choices; everywhere the winner, where it is less than the task's own. A guess goes on in its steps below."""
+        won, raced = self._climb()[0], bool(self._lost)
+        at = won if won < self._own else self._own + round((min(depth, 1.0) if raced else depth) * (won - self._own))
+        return self._choices[min(at, len(self._choices) - 1)]
 
     def _climb(self) -> tuple[int, Choice | None, bool]:
         """(place of the winner so far, what is to be tried now, whether that depends on trials that are running)."""

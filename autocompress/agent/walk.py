@@ -86,10 +86,9 @@ class Walk:
         return first * math.exp(_RACED * math.log(last / first))
 
     def depth(self, size_bytes: float) -> float:
-        """How far down the walk a file is, in logarithms of bytes: 0 at the first step, 1 from the raced recipe on."""
+        """How far down the walk a file is, in logarithms of bytes: 0 at the first step, 1 at the raced recipe."""
         first, raced = self.ends()[0], self.raced_bytes()
-        share = math.log(first / size_bytes) / math.log(first / raced) if raced < first else 0.0
-        return min(max(share, 0.0), 1.0)
+        return max(math.log(first / size_bytes) / math.log(first / raced), 0.0) if raced < first else 0.0
 
     @cached_property
     def _ruined_bytes(self) -> float:

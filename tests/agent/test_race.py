@@ -115,5 +115,7 @@ def test_small_budgets_guess_instead_of_a_race(profile: Profile, outcome: Outcom
         study.tell(spec.number, outcome(spec))
     assert raced(study) == []
     by_size = [t.params[KEY] for t in sorted(study.trials(), key=lambda t: t.user_attrs["target_bytes"])]
-    assert set(by_size) == {1.0, 2.0}
-    assert by_size == sorted(by_size, reverse=True), "heavy files are trained at twice the task's rate"
+    assert set(by_size) == {1.0, 2.0, 4.0}
+    assert by_size == sorted(by_size, reverse=True), (
+        "heavy files are trained at twice the task's rate, and the heaviest at four times"
+    )
