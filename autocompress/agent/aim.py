@@ -41,11 +41,10 @@ class Aim:
         self.smallest_bytes = profile.smallest_bytes()
         self._may_lose = _USEFUL * self.skill
 
-    @cached_property
-    def least_accuracy(self) -> float:
+    def least_accuracy(self, done: Sequence[Point]) -> float:
         """Of a file from which a useful one may still come."""
         if self.min_accuracy is None:
-            return self.base_accuracy - self._may_lose
+            return self._least_useful(done)
         return self.min_accuracy - _NEARLY * self._may_lose
 
     @cached_property
@@ -59,12 +58,12 @@ class Aim:
         """Whether a walk has come to where lower accuracies, or fewer bytes, are of no more use."""
         smallest = sorted(walked, key=lambda p: p.size)[:2]
         return len(walked) >= 4 and all(
-            p.accuracy < self.least_accuracy or p.size <= self.least_bytes for p in smallest
+            p.accuracy < self.least_accuracy(walked) or p.size <= self.least_bytes for p in smallest
         )
 
     def region(self, done: Sequence[Point]) -> Region:
         """Where hypervolume counts; what was asked for counts most where it is met."""
-        least, accuracy_margin = self.base_accuracy - self._may_lose, 0.0
+        least, accuracy_margin = self._least_useful(done), 0.0
         largest, size_margin = self.original_bytes, 0.0
         if self.max_size_bytes is not None:
             largest, size_margin = self.max_size_bytes, _SIZE_MET
@@ -74,3 +73,9 @@ class Aim:
         best = max([self.base_accuracy, *(p.accuracy for p in done)])
         ceiling = best + _UNIT * self._may_lose
         return Region(self.least_bytes, largest, least, ceiling, size_margin, accuracy_margin)
+
+    def _least_useful(self, done: Sequence[Point]) -> float:
+        """As much below the original, or below the best file of the size that was asked for, where that is worse."""
+        fitting = [p.accuracy for p in done if self.max_size_bytes is None or p.size <= self.max_size_bytes]
+        best = max(fitting, default=self.base_accuracy - self.skill)
+        return min(best, self.base_accuracy) - self._may_lose

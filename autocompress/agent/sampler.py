@@ -27,7 +27,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.agent.acquisition import Region, drawn_fronts, expected_improvement
-from autocompress.agent.aim import Aim
+from autocompress.agent.aim import ENOUGH, Aim
 from autocompress.agent.candidate import Point, Proposal, Stopped, front_of, identity
 from autocompress.agent.forecast import Forecast, Step
 from autocompress.agent.moves import Moves
@@ -141,6 +141,10 @@ class FrontierSampler(BaseSampler):
     ) -> Proposal:
         workers = 1 + len(running)
         self.moves.avoided = self._suspects.drawn(rng)
+        limit = self.aim.max_size_bytes
+        if limit is not None and number >= self.walk.budget - 1 and all(p.size > limit for p in done):
+            # now or never, so not within reach of a parent
+            return self._new_step([], ENOUGH * limit, rng, (0.0, *_MORE_VARIED), self._suspects.failed)
         if self.race and self.walk.budget >= _RACE_FROM:
             learning_rate = self.race.next(len(running))
             if learning_rate is not None:
@@ -214,7 +218,8 @@ class FrontierSampler(BaseSampler):
 
     def _proposals(self, front: list[Point], done: Sequence[Point], rng: random.Random) -> list[Proposal]:
         """What could be tried next; steps are planned once one is chosen."""
-        useful = [p for p in front if p.accuracy >= self.aim.least_accuracy] or front
+        least = self.aim.least_accuracy(done)
+        useful = [p for p in front if p.accuracy >= least] or front
         out = [Proposal("step", p, p.size * share) for p in useful for share in _SHARES]
         limit = self.aim.max_size_bytes
         if limit is not None:

@@ -148,6 +148,23 @@ def test_a_target_size_focuses_the_search(profile: Profile, outcome: Outcome, tm
     assert near["focused"] >= 6
 
 
+@pytest.mark.parametrize(("budget", "workers"), [(1, 1), (4, 2), (12, 1), (16, 16), (24, 4)])
+def test_a_target_size_is_met_whatever_is_lost_there(
+    budget: int, workers: int, profile: Profile, outcome: Outcome, tmp_path: Path
+) -> None:
+    limit = 0.006 * profile.predict(profile.default())
+    study = study_of(tmp_path, profile, "frontier", budget, max_size_bytes=limit)
+    running: list[TrialSpec] = []
+    while len(study.complete()) < budget:
+        while len(running) < workers and (spec := study.ask()):
+            running.append(spec)
+        spec = running.pop(0)
+        study.tell(spec.number, outcome(spec))
+    meeting = [accuracy for size, accuracy in values(study) if size <= limit]
+    assert max(meeting) < 0.9
+    assert len(meeting) >= (budget / 4 if budget > 4 * workers else 1)
+
+
 def test_a_least_accuracy_focuses_the_search(profile: Profile, outcome: Outcome, tmp_path: Path) -> None:
     smallest, near = {}, {}
     for name, least in (("free", None), ("focused", 0.9)):
