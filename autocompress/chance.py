@@ -70,9 +70,12 @@ def _classes(output: Any, target: Any) -> int:
 
 
 def _undecided(leaf: Any, target: Any) -> Any:
-    """Class scores that are all alike, as logarithms of probabilities; others stay."""
+    """Class scores that are all alike: probabilities if they are, else their logarithms. Others stay."""
     dimension = class_dimension(leaf, target) if isinstance(leaf, Tensor) else None
-    return leaf if dimension is None else torch.full_like(leaf, -math.log(leaf.shape[dimension]))
+    if dimension is None:
+        return leaf
+    probability = 1 / leaf.shape[dimension]
+    return torch.full_like(leaf, probability if leaf.min() >= 0 else math.log(probability))
 
 
 def _constant_prediction(calibration: Calibration, calibrated: Any) -> Callable[[Any, int], Any]:

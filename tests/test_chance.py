@@ -63,10 +63,15 @@ def test_cross_entropies_of_any_unit_are_in_nats() -> None:
     def summed(output: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output, target, reduction="sum")
 
+    def of_probabilities(output: Tensor, target: Tensor) -> Tensor:
+        return 100 * nn.functional.nll_loss(output.log(), target)
+
     task = small_digits()
     samples = len(calibrated(task).run(task.build())[1])
     assert loss_unit(calibrated(replace(task, loss=smoothed)), task.build()) == 1
     assert loss_unit(calibrated(replace(task, loss=summed)), task.build()) == pytest.approx(samples)
+    task.model, task.loss = nn.Sequential(task.build(), nn.Softmax(1)), of_probabilities
+    assert loss_unit(calibrated(task), task.build()) == pytest.approx(100)
 
 
 def test_chance_of_a_squared_error_is_the_variance_wherever_the_mean_is() -> None:

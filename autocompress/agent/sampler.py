@@ -144,7 +144,7 @@ class FrontierSampler(BaseSampler):
         limit = self.aim.max_size_bytes
         if limit is not None and number >= self.walk.budget - 1 and all(p.size > limit for p in done):
             # now or never, so not within reach of a parent
-            return self._new_step([], ENOUGH * limit, rng, (0.0, *_MORE_VARIED), self._suspects.failed)
+            return self._new_step([], ENOUGH * limit, rng, (0.0, *_MORE_VARIED), self._known(done, running))
         if self.race and self.walk.budget >= _RACE_FROM:
             learning_rate = self.race.next(len(running))
             if learning_rate is not None:
@@ -184,14 +184,18 @@ class FrontierSampler(BaseSampler):
         at = int(gains.argmax()) if gains.max() > 0 else int(sizes.argmin())
         best = proposals[at]
         if best.chosen is None:
-            known = [p.chosen for p in done] + [p.chosen for p in self._stopped.values()] + [t.params for t in running]
-            known += self._suspects.failed
+            known = self._known(done, running)
             best = self._new_step(done, best.target_bytes, rng, _MORE_VARIED, known, best.parent)
         elif best.parent is not None:
             best.chosen = best.parent.as_asked(best.chosen)
         best.expected_accuracy = region.ceiling - math.exp(mean[at])
         best.deviation = float(deviation[at])
         return best
+
+    def _known(self, done: Sequence[Point], running: Sequence[FrozenTrial]) -> list[Mapping[str, Choice]]:
+        """Recipes that have been asked for."""
+        known = [p.chosen for p in done] + [p.chosen for p in self._stopped.values()] + [t.params for t in running]
+        return known + self._suspects.failed
 
     def _new_step(
         self,
